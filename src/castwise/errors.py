@@ -1,8 +1,8 @@
 """Every exception that castwise raises on purpose, as one tree.
 
 A message says what was needed, what came, where, and the remedy, in one sentence. The
-command line prints it without a traceback and leaves with exit code 2. Whatever is not in
-this tree is a bug in castwise or in the user's own code, and keeps its traceback.
+command line prints it without a traceback and leaves with exit code 2. Whatever is not
+in this tree is a bug in castwise or in the user's own code, and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class NewerCheckpointError(CheckpointError):
 
 
 class ContradictionError(CheckpointError):
-    """Settings contradict the checkpoint that a run resumes from; all of them are named."""
+    """Settings contradict the checkpoint that a run resumes from; all are named."""
 
 
 class StorageError(CastwiseError):
@@ -89,4 +89,4 @@ class DataError(CastwiseError):
 
 
 class MissingExtraError(CastwiseError):
-    """An optional package is not installed; the message names the extra that brings it."""
+    """An optional package is missing; the message names the extra that brings it."""
