@@ -1,0 +1,62 @@
+"""The command line: `castwise train RECIPE`, `castwise kenken ...`.
+
+This room imports no torch: commands fetch what they need when they run, so that
+`castwise --help` answers at once. Every mistake of a user ends here as one sentence on
+standard error and exit code 2; a traceback that is still seen is a bug in castwise.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import click
+
+import castwise
+from castwise.errors import CastwiseError
+from castwise.recipes.kenken import command as kenken
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+
+@click.group()
+@click.version_option(castwise.__version__, message="castwise %(version)s")
+def root() -> None:
+    """Mixed-precision training, planned by evidence, applied, and proved."""
+
+
+@root.group()
+def train() -> None:
+    """Train a recipe on data that it makes itself."""
+
+
+train.add_command(kenken.train)
+root.add_command(kenken.group)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run a command; turn every mistake of the user into one sentence."""
+    try:
+        code = root.main(arguments, prog_name="castwise", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        sys.exit(USER_ERROR)
+    except click.UsageError as error:
+        where = error.ctx.command_path if error.ctx else "castwise"
+        _fail(f"{error.format_message().rstrip('.')}; see `{where} --help`.")
+    except click.ClickException as error:
+        _fail(error.format_message())
+    except CastwiseError as error:
+        _fail(str(error))
+    except (click.Abort, KeyboardInterrupt):
+        _fail("stopped by the user.", code=INTERRUPTED)
+    except BrokenPipeError:
+        sys.exit(0)  # the reader of our output has left
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(sentence: str, *, code: int = USER_ERROR) -> NoReturn:
+    click.echo(f"castwise: {' '.join(sentence.split())}", err=True)
+    sys.exit(code)

@@ -1,0 +1,187 @@
+"""The commands of this recipe: `castwise train kenken`, `castwise kenken solve | make`.
+
+This room imports no torch and no numba; a command fetches its room when it runs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+RUNS = Path("runs") / "kenken"
+
+CHANGES = (
+    "seed",
+    "num_steps",
+    "sizes",
+    "modes",
+    "evaluate_every",
+    "checkpoint_every",
+)
+
+
+@click.command("kenken")
+@click.option(
+    "--preset",
+    type=click.Choice(["tiny", "small", "base"]),
+    default="small",
+    show_default=True,
+    help="Size of the run: seconds, three minutes on two cores, a GPU.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["fp32", "fp16", "bf16"]),
+    help="Short for --precision 32-true, 16-mixed, bf16-mixed.",
+)
+@click.option("--precision", metavar="PRESET", help="A policy preset by its name.")
+@click.option("--policy", type=click.Path(path_type=Path), help="A policy file.")
+@click.option(
+    "--fallback",
+    metavar="PRESET",
+    help="Preset to use where the device cannot do the one asked for.",
+)
+@click.option(
+    "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Folder of the run.  [default: runs/kenken/NNN]",
+)
+@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint.")
+@click.option("--seed", type=int, help="Seed of data order, masks and weights.")
+@click.option("--steps", "num_steps", type=int, help="Updates of the whole run.")
+@click.option("--sizes", metavar="N,N", help="Sizes to train on, such as 4,5,6.")
+@click.option("--modes", metavar="M,M", help="Alphabets: standard,zero,negative.")
+@click.option("--evaluate-every", type=int, help="Steps of an epoch.")
+@click.option("--checkpoint-every", type=int, help="Steps between two checkpoints.")
+@click.option(
+    "--keep-last",
+    type=click.IntRange(min=1),
+    default=3,
+    show_default=True,
+    help="Checkpoints that stay, besides the best.",
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    help="CPU threads of torch.  [default: all cores]",
+)
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    help="Folder that caches puzzles.  [default: the user's cache]",
+)
+def train(**flags: Any) -> int:
+    """Train a KenKen solver on puzzles that are made on the spot."""
+    from castwise.recipes.kenken import recipe
+    from castwise.recipes.precision_choice import PrecisionChoice
+
+    given = {name: value for name, value in flags.items() if value is not None}
+    return recipe.train(
+        preset=flags["preset"],
+        changes={name: given[name] for name in CHANGES if name in given},
+        choice=PrecisionChoice(
+            dtype=flags["dtype"],
+            precision=flags["precision"],
+            policy_file=flags["policy"],
+            fallback=flags["fallback"],
+        ),
+        place=recipe.Place(
+            device=flags["device"],
+            out=flags["out"],
+            runs=RUNS,
+            resume=flags["resume"],
+            keep_last=flags["keep_last"],
+            num_threads=flags["threads"],
+            data=flags["data"],
+        ),
+    )
+
+
+@click.group("kenken")
+def group() -> None:
+    """Solve KenKen puzzles with a trained checkpoint, or make new ones."""
+
+
+@group.command("solve")
+@click.argument("puzzle", default="-")
+@click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    help="A checkpoint.  [default: the newest run's best]",
+)
+@click.option(
+    "--order",
+    type=click.Choice(["most_certain_first", "row_major", "random"]),
+    default="most_certain_first",
+    show_default=True,
+    help="In which order cells are committed to.",
+)
+@click.option(
+    "--loops", type=click.IntRange(min=1), help="Loops of the model.  [as measured]"
+)
+def solve(puzzle: str, checkpoint: Path | None, order: str, loops: int | None) -> int:
+    """Solve the puzzles of a file, or of standard input (-), and draw them.
+
+    The exact solver checks every answer. Leaves with 0 when all are right and with 1
+    when one is wrong.
+    """
+    from castwise.recipes.kenken import solving
+
+    return solving.solve(
+        source=puzzle, checkpoint=checkpoint, runs=RUNS, order=order, num_loops=loops
+    )
+
+
+@group.command("make")
+@click.option(
+    "--size",
+    type=click.IntRange(3, 9),
+    default=6,
+    show_default=True,
+    help="Rows of the puzzle.",
+)
+@click.option(
+    "--mode",
+    type=click.Choice(["standard", "zero", "negative"]),
+    default="standard",
+    show_default=True,
+    help="The alphabet.",
+)
+@click.option(
+    "--count",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="How many puzzles.",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Another seed, other puzzles.",
+)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="How they are written.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="A file to write.  [default: standard output]",
+)
+def make(
+    size: int, mode: str, count: int, seed: int, form: str, out: Path | None
+) -> int:
+    """Write puzzles with one solution each, proved by the exact solver."""
+    from castwise.recipes.kenken import making
+
+    return making.make(size=size, mode=mode, count=count, seed=seed, form=form, out=out)

@@ -1,0 +1,261 @@
+"""Every setting of a KenKen run, and the named presets. No torch.
+
+`tiny` is for tests (seconds), `small` is what `make train` runs (about three minutes on
+two CPU cores), `base` is for a GPU. A resumed run must have the settings of the
+checkpoint: `describe` is what stands in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from castwise.errors import SettingsError
+
+MODE_NAMES = ("standard", "zero", "negative")
+SMALLEST, LARGEST = 3, 9
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KenKenSettings:
+    """One run, from data to schedule."""
+
+    preset: str
+    """Name of the preset that these settings started from."""
+
+    model: str
+    """Name of a model preset in `model.py`."""
+
+    sizes: tuple[int, ...]
+    """Rows of the puzzles to train on."""
+
+    size_shares: tuple[float, ...]
+    """Share of the steps for each size; they sum to 1."""
+
+    modes: tuple[str, ...] = MODE_NAMES
+    """Alphabets, in equal shares within every batch."""
+
+    latin_share: float = 0.1
+    """Share of the steps that complete Latin squares without cages."""
+
+    empty_share: float = 0.5
+    """Share of KenKen puzzles that are shown without any hint."""
+
+    max_reveal: float = 0.7
+    """The others reveal each cell with a probability drawn from [0, max_reveal]."""
+
+    cells_per_step: int = 1152
+    """Cells in a batch; larger puzzles come in smaller batches."""
+
+    num_steps: int
+    """Updates of the run."""
+
+    learning_rate: float = 3e-3
+    """Peak of the schedule."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates."""
+
+    weight_decay: float = 0.01
+    """Decoupled decay of matrices; norms, biases and embeddings have none."""
+
+    clip_norm: float = 1.0
+    """Global gradient norm that is never exceeded."""
+
+    num_warmup: int = 50
+    """Steps of the linear rise of the learning rate."""
+
+    decay_share: float = 0.35
+    """Share of the run in which the learning rate falls."""
+
+    average_decay: float = 0.995
+    """Decay of the averaged weights that are evaluated and saved; 0 for none."""
+
+    num_train: int
+    """Training puzzles of each size and mode."""
+
+    num_validation: int
+    """Validation puzzles of each size and mode."""
+
+    num_quick: int = 96
+    """Validation puzzles of each size and mode that every epoch measures."""
+
+    num_loops: int | None = None
+    """Loops of the model when it solves; None for as many as it trained with."""
+
+    evaluate_every: int
+    """Steps of an epoch."""
+
+    checkpoint_every: int
+    """Steps between two checkpoints."""
+
+    seed: int = 0
+    """Seed of data order, masks and initial weights."""
+
+    def __post_init__(self) -> None:
+        """Refuse settings without a meaning.
+
+        Raises:
+            SettingsError: Naming the first setting that cannot be honoured.
+        """
+        self._check_sizes()
+        for name in ("num_steps", "num_train", "num_validation", "num_quick"):
+            if getattr(self, name) < 1:
+                raise SettingsError(
+                    f"{name} must be at least 1, got {getattr(self, name)}."
+                )
+        for name in ("latin_share", "empty_share", "max_reveal", "average_decay"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise SettingsError(
+                    f"{name} must lie in [0, 1), got {getattr(self, name)}."
+                )
+        if self.seed < 0:
+            raise SettingsError(f"A seed must not be negative, got {self.seed}.")
+
+    def _check_sizes(self) -> None:
+        if not self.sizes or not self.modes:
+            raise SettingsError(
+                "A run needs at least one size and one mode; name them with --sizes "
+                "and --modes."
+            )
+        for size in self.sizes:
+            if not SMALLEST <= size <= LARGEST:
+                raise SettingsError(
+                    f"Training knows sizes {SMALLEST} to {LARGEST}, got {size}; choose "
+                    "among these with --sizes."
+                )
+        for mode in self.modes:
+            if mode not in MODE_NAMES:
+                raise SettingsError(
+                    f"A mode is one of {', '.join(MODE_NAMES)}, got {mode!r}."
+                )
+        for name in ("sizes", "modes"):
+            values = getattr(self, name)
+            if len(set(values)) != len(values):
+                raise SettingsError(f"{name} names one of {values} twice.")
+        if len(self.size_shares) != len(self.sizes):
+            raise SettingsError(
+                f"{len(self.sizes)} sizes need as many shares, got {self.size_shares}."
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """Return plain data: what a checkpoint holds and a resume is compared with."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in dataclasses.asdict(self).items()
+        }
+
+    @classmethod
+    def from_description(cls, description: Mapping[str, Any]) -> KenKenSettings:
+        """Return the settings that `describe` described.
+
+        Raises:
+            SettingsError: If a name is unknown or missing.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        if set(description) != known:
+            odd = sorted(set(description) ^ known)
+            raise SettingsError(
+                f"Settings of another version of this recipe: {', '.join(odd)} "
+                "is unknown or missing; use the version of castwise that wrote them."
+            )
+        return cls(
+            **{
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in description.items()
+            }
+        )
+
+    def with_changes(self, changes: Mapping[str, Any]) -> KenKenSettings:
+        """Return these settings with those of the command line laid over them.
+
+        Args:
+            changes: Values by name; `sizes` and `modes` as comma-separated text.
+
+        Raises:
+            SettingsError: If a text does not parse or a value has no meaning.
+        """
+        plain = dict(changes)
+        if "sizes" in plain:
+            plain["sizes"] = _parse_sizes(plain["sizes"])
+            plain["size_shares"] = self._shares_of(plain["sizes"])
+        if "modes" in plain:
+            plain["modes"] = tuple(name.strip() for name in plain["modes"].split(","))
+        if "num_steps" in plain:
+            steps = max(1, plain["num_steps"])
+            plain.setdefault("evaluate_every", min(self.evaluate_every, steps))
+            plain.setdefault("num_warmup", min(self.num_warmup, steps // 10))
+        return replace(self, **plain)
+
+    def _shares_of(self, sizes: tuple[int, ...]) -> tuple[float, ...]:
+        """Keep the preset's proportions; sizes new to it weigh as their mean."""
+        known = dict(zip(self.sizes, self.size_shares, strict=True))
+        weights = [known.get(size, 1.0 / len(self.sizes)) for size in sizes]
+        return tuple(weight / sum(weights) for weight in weights)
+
+
+def _parse_sizes(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise SettingsError(
+            f"--sizes needs whole numbers with commas between, got {text!r}; write for "
+            "example --sizes 4,5,6."
+        ) from error
+
+
+PRESETS: Mapping[str, KenKenSettings] = {
+    "tiny": KenKenSettings(
+        preset="tiny",
+        model="tiny",
+        sizes=(3, 4),
+        size_shares=(0.3, 0.7),
+        cells_per_step=256,
+        num_steps=40,
+        num_warmup=5,
+        num_train=256,
+        num_validation=32,
+        num_quick=16,
+        evaluate_every=20,
+        checkpoint_every=10,
+    ),
+    "small": KenKenSettings(
+        preset="small",
+        model="small",
+        sizes=(3, 4, 5, 6),
+        size_shares=(0.05, 0.2, 0.3, 0.45),
+        num_steps=2000,
+        num_train=8192,
+        num_validation=512,
+        evaluate_every=200,
+        checkpoint_every=200,
+    ),
+    "base": KenKenSettings(
+        preset="base",
+        model="base",
+        sizes=(3, 4, 5, 6, 7, 8, 9),
+        size_shares=(0.02, 0.05, 0.08, 0.15, 0.2, 0.25, 0.25),
+        cells_per_step=65536,
+        num_steps=30000,
+        learning_rate=1e-3,
+        num_warmup=1000,
+        num_train=65536,
+        num_validation=1000,
+        average_decay=0.999,
+        evaluate_every=1000,
+        checkpoint_every=1000,
+    ),
+}
+
+
+def settings_of(preset: str, changes: Mapping[str, Any]) -> KenKenSettings:
+    """Return a preset with changes laid over it.
+
+    Raises:
+        SettingsError: If the preset is unknown or a change has no meaning.
+    """
+    if preset not in PRESETS:
+        raise SettingsError(f"A preset is one of {', '.join(PRESETS)}, got {preset!r}.")
+    return PRESETS[preset].with_changes(changes)
