@@ -1,0 +1,401 @@
+"""A bound policy put on a model: first everything is planned and checked, then done.
+
+Which modules become islands: those whose compute or output format differs from that of
+the nearest module above them that has a `forward`. A container without one, such as a
+`ModuleList`, is no border; what it contains is. The root becomes an island only where
+its own formats are not the policy's default, or where weights are held in the format
+that they are computed in (`bf16-true`, `64-true`): then the inputs that a caller brings
+must be cast for it.
+
+How weights and buffers are held:
+
+- A weight takes the `param` format of the module that owns it. `Parameter` objects keep
+  their identity, so an optimizer built before still holds them.
+- A buffer goes up with its module (fp32 to fp64) and never down, because a rotary table
+  or a position rounded to bf16 is wrong for ever: a rule must name the buffer itself,
+  by fqn (`rope.inv_freq`) or by `type: Buffer`.
+- Integers are never touched; complex weights are never held below complex64.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from castwise.dtypes import dtype_of
+from castwise.errors import IslandError
+from castwise.islands.border import LOW, Border, Island, PhaseNow
+from castwise.islands.crossing import complex_of
+from castwise.islands.facts import floating_buffers, join, shown
+from castwise.islands.swap import island_of, make_island, unmake_island
+from castwise.policy.keys import PHASES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from castwise.policy.bound import BoundPolicy
+    from castwise.policy.precision import Precision
+
+_EMULATED = ("fp8_e4m3", "fp8_e5m2")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeldTensor:
+    """A weight or buffer whose format was changed."""
+
+    owner: nn.Module
+    """The module that owns it."""
+
+    name: str
+    """Its name there."""
+
+    before: torch.dtype
+    """What it was held in."""
+
+    after: torch.dtype
+    """What it is held in now."""
+
+    @property
+    def tensor(self) -> torch.Tensor | None:
+        """The tensor under that name today."""
+        slots = self.owner._parameters, self.owner._buffers  # noqa: SLF001 -- its own, by name
+        return slots[0].get(self.name, slots[1].get(self.name))
+
+    def hold_in(self, dtype: torch.dtype) -> None:
+        """Change the format in place, with the gradient, if there is one."""
+        tensor = self.tensor
+        if tensor is None or tensor.dtype is dtype:
+            return
+        if tensor.grad is not None:
+            gradient = tensor.grad.to(dtype)
+            tensor.grad = None
+            tensor.data = tensor.data.to(dtype)
+            tensor.grad = gradient
+        else:
+            tensor.data = tensor.data.to(dtype)
+
+
+class AppliedPolicy:
+    """A policy in force on a model, until it is removed."""
+
+    def __init__(
+        self,
+        *,
+        bound: BoundPolicy,
+        islands: Mapping[str, nn.Module],
+        held: tuple[HeldTensor, ...],
+        now: PhaseNow,
+    ) -> None:
+        self.bound = bound
+        self.islands = dict(islands)
+        self.held = held
+        self._now = now
+
+    @property
+    def phase(self) -> str:
+        """The phase whose precision is in force."""
+        return self._now.phase
+
+    @phase.setter
+    def phase(self, phase: str) -> None:
+        if phase not in PHASES:
+            raise IslandError(f"a phase is one of {', '.join(PHASES)}; got {phase!r}")
+        self._now.phase = phase
+
+    def coverage(self) -> str:
+        """One line: which modules run in another format than the rest, in this phase.
+
+        For example `3 modules in fp32 inside bf16: embed.norm, head.norm, solver`.
+        """
+        around = self.bound.policy.base_precision(phase=self.phase).compute
+        by_format: dict[str, list[str]] = defaultdict(list)
+        for fqn, module in self.islands.items():
+            island = island_of(module)
+            border = None if island is None else island.border
+            if border is not None and (fqn or border.compute != around):
+                by_format[border.compute].append(fqn or "the whole model")
+        if not by_format:
+            return f"no islands: every module in {around}"
+        return "; ".join(
+            f"{len(fqns)} module{'s' if len(fqns) > 1 else ''} in {compute} "
+            f"inside {around}: {_listed(fqns)}"
+            for compute, fqns in by_format.items()
+        )
+
+    def remove(self) -> None:
+        """Give every module its own class back, and every weight its own format.
+
+        Weights whose format never changed are the same bits; those that were narrowed
+        come back wider, without the digits that they lost.
+        """
+        for module in self.islands.values():
+            unmake_island(module)
+        for each in self.held:
+            each.hold_in(each.before)
+        self.islands, self.held = {}, ()
+
+
+def apply_policy(
+    model: nn.Module,
+    bound: BoundPolicy,
+    device_type: str,
+    *,
+    phase: str = "full",
+) -> AppliedPolicy:
+    """Put a policy on a model, whole or not at all; the model's code stays as it is.
+
+    Args:
+        model: Any module tree.
+        bound: The policy, bound to `module_facts(model)`.
+        device_type: `cpu` or `cuda`: whose autocast and switches the islands use.
+        phase: The phase to begin in.
+
+    Raises:
+        IslandError: A module cannot be held as the policy says; nothing was changed.
+    """
+    _refuse_what_cannot_be(model, bound)
+    borders = _plan_borders(model, bound, device_type)
+    held = tuple(_plan_storage(model, bound))
+    now = PhaseNow("full")
+    islands = {fqn: model.get_submodule(fqn) for fqn in borders}
+    for fqn, module in islands.items():
+        _refuse_impossible_island(fqn, module)
+    applied = AppliedPolicy(bound=bound, islands=islands, held=held, now=now)
+    applied.phase = phase
+    for each in held:
+        each.hold_in(each.after)
+    for fqn, module in islands.items():
+        make_island(module, Island(fqn=fqn, borders=borders[fqn], now=now))
+    return applied
+
+
+def _governing_fqn(fqn: str) -> str:
+    """The module whose precision holds: for a parametrization, the parametrized one."""
+    return f".{fqn}".partition(".parametrizations")[0].removeprefix(".")
+
+
+def _refuse_what_cannot_be(model: nn.Module, bound: BoundPolicy) -> None:
+    names: dict[nn.Module, str] = {}
+    for fqn, module in model.named_modules(remove_duplicate=False):
+        if island_of(module) is not None:
+            raise IslandError(
+                f"{shown(fqn)} already has a policy applied; remove() it before "
+                "another one is applied"
+            )
+        first = names.setdefault(module, fqn)
+        if first != fqn:
+            _refuse_two_precisions(bound, first, fqn)
+        _refuse_precision(bound, fqn)
+
+
+def _refuse_two_precisions(bound: BoundPolicy, first: str, fqn: str) -> None:
+    """Refuse a module that the policy treats differently under two of its names."""
+    for phase in PHASES:
+        one, other = (
+            bound.precision_of(_governing_fqn(name), phase=phase)
+            for name in (first, fqn)
+        )
+        if one != other:
+            raise IslandError(
+                f"{shown(first)} and {shown(fqn)} are one module, but get {one} by "
+                f"{_label(bound, first, phase=phase)} and {other} by "
+                f"{_label(bound, fqn, phase=phase)}; give both names one precision"
+            )
+
+
+def _refuse_precision(bound: BoundPolicy, fqn: str) -> None:
+    """Refuse formats and stages that eager modules cannot be held in."""
+    for phase in PHASES:
+        forward = bound.precision_of(_governing_fqn(fqn), phase=phase)
+        for name in ("param", "compute", "output"):
+            if getattr(forward, name) in _EMULATED:
+                raise IslandError(
+                    f"{shown(fqn)}: {_label(bound, fqn, phase=phase)} gives {forward}, "
+                    f"but an eager module cannot have its {name} in "
+                    f"{getattr(forward, name)}; use bf16 or fp16"
+                )
+        backward = bound.precision_of(
+            _governing_fqn(fqn), stage="backward", phase=phase
+        )
+        if backward.compute != forward.compute:
+            by = _label(bound, fqn, stage="backward", phase=phase)
+            raise IslandError(
+                f"{shown(fqn)}: {by} gives its backward c={backward.compute}, but an "
+                f"eager module runs backward in the format of its forward, "
+                f"{forward.compute}; leave out the stage"
+            )
+
+
+def _label(
+    bound: BoundPolicy, fqn: str, *, stage: str = "forward", phase: str = "full"
+) -> str:
+    """Name what decides for a module, for a message."""
+    rule = bound.rule_of(_governing_fqn(fqn), stage=stage, phase=phase)
+    return rule.label if rule else f"the default of {bound.policy.name}"
+
+
+def _refuse_impossible_island(fqn: str, module: nn.Module) -> None:
+    if isinstance(module, torch.jit.ScriptModule):
+        raise IslandError(
+            f"{shown(fqn)} is a ScriptModule, whose forward cannot be wrapped; apply "
+            "the policy before scripting, or leave this module out"
+        )
+    if "forward" in module.__dict__:
+        raise IslandError(
+            f"{shown(fqn)} has a forward patched onto the instance, which would bypass "
+            "the island; remove the patch, or override forward in a class"
+        )
+
+
+def _plan_borders(
+    model: nn.Module, bound: BoundPolicy, device_type: str
+) -> dict[str, dict[str, Border | None]]:
+    """For each module that is an island in some phase: its border in every phase."""
+    first_names = {module: fqn for fqn, module in model.named_modules()}
+    plans: dict[str, dict[str, Border | None]] = {}
+    for phase in PHASES:
+        for fqn, (outside, inside) in _insides(model, bound, phase).items():
+            precision = bound.precision_of(_governing_fqn(fqn), phase=phase)
+            assert precision.compute is not None
+            first = first_names[model.get_submodule(fqn)]
+            plans.setdefault(first, dict.fromkeys(PHASES))[phase] = Border(
+                compute=precision.compute,
+                output=_handed_out(precision, outside),
+                device_type=device_type,
+                casts_weights=any(
+                    _weights_need_a_cast(
+                        bound.precision_of(_governing_fqn(each), phase=phase)
+                    )
+                    for each in inside
+                ),
+            )
+    return plans
+
+
+def _insides(
+    model: nn.Module, bound: BoundPolicy, phase: str
+) -> dict[str, tuple[Precision, list[str]]]:
+    """Islands of one phase -> what is around, and the modules inside, itself first."""
+    found: dict[str, tuple[Precision, list[str]]] = {}
+    around: dict[str, Precision] = {}  # what runs outside each module's children
+    homes: dict[str, str | None] = {}  # the island that each module is in
+    default = bound.policy.base_precision(phase=phase)
+    for fqn, module in model.named_modules(remove_duplicate=False):  # parents first
+        own = bound.precision_of(_governing_fqn(fqn), phase=phase)
+        above = fqn.rpartition(".")[0]
+        outside = around[above] if fqn else default
+        needs_border = _differs(own, outside) or (not fqn and _is_pure(own))
+        around[fqn] = own if _has_forward(module) else outside
+        homes[fqn] = homes[above] if fqn else None
+        if needs_border and _has_forward(module):
+            homes[fqn] = fqn
+            found[fqn] = outside, []
+        home = homes[fqn]
+        if home is not None:
+            found[home][1].append(fqn)
+    return found
+
+
+def _has_forward(module: nn.Module) -> bool:
+    """Whether it computes, and does not only contain."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return True
+    return type(module).forward is not nn.Module.forward
+
+
+def _handed_out(own: Precision, outside: Precision) -> str:
+    """What floating outputs are cast to on leaving an island.
+
+    What the policy says, with one exception: bf16 and fp16 regions refuse to multiply
+    fp64, so there it is handed over in fp32.
+    """
+    assert own.output is not None
+    return "fp32" if own.output == "fp64" and outside.compute in LOW else own.output
+
+
+def _differs(own: Precision, around: Precision) -> bool:
+    return (own.compute, own.output) != (around.compute, around.output)
+
+
+def _is_pure(precision: Precision) -> bool:
+    """Whether weights are held in a format other than fp32 and computed in it."""
+    return precision.compute == precision.param != "fp32"
+
+
+def _weights_need_a_cast(precision: Precision) -> bool:
+    """Whether neither the storage nor autocast brings weights to `compute`."""
+    inside = "fp32" if precision.compute == "tf32" else precision.compute
+    autocasts = precision.compute in LOW and precision.param != "fp64"
+    return precision.param != inside and not autocasts
+
+
+def _plan_storage(model: nn.Module, bound: BoundPolicy) -> Iterator[HeldTensor]:
+    """Yield every weight and buffer whose format must change."""
+    owners: dict[torch.Tensor, str] = {}
+    for fqn, module in model.named_modules():
+        param = bound.precision_of(_governing_fqn(fqn)).param
+        assert param is not None
+        for name, weight in module._parameters.items():  # noqa: SLF001 -- its own, not those below it
+            if weight is None:
+                continue
+            first = owners.setdefault(weight, fqn)
+            _refuse_torn_weight(bound, join(fqn, name), first, fqn)
+            after = _stored_dtype(weight, dtype_of(param))
+            if after is not weight.dtype and first == fqn:
+                yield HeldTensor(
+                    owner=module, name=name, before=weight.dtype, after=after
+                )
+        for name, buffer in floating_buffers(module):
+            after = _buffer_dtype(bound, fqn, name, buffer)
+            if after is not buffer.dtype:
+                yield HeldTensor(
+                    owner=module, name=name, before=buffer.dtype, after=after
+                )
+
+
+def _refuse_torn_weight(bound: BoundPolicy, name: str, first: str, fqn: str) -> None:
+    here = bound.precision_of(_governing_fqn(fqn))
+    there = bound.precision_of(_governing_fqn(first))
+    if here.param != there.param:
+        raise IslandError(
+            f"{shown(first)} and {shown(fqn)} share the weight {name!r}, but hold it "
+            f"in {there.param} by {_label(bound, first)} and in {here.param} by "
+            f"{_label(bound, fqn)}; give both the same p=, and let c= differ"
+        )
+
+
+def _stored_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
+    if tensor.is_floating_point():
+        return dtype
+    return complex_of(dtype) if tensor.is_complex() else tensor.dtype
+
+
+def _buffer_dtype(
+    bound: BoundPolicy, fqn: str, name: str, buffer: torch.Tensor
+) -> torch.dtype:
+    """Up with its module, down only by a rule that names the buffer."""
+    place = join(_governing_fqn(fqn), name) if fqn == _governing_fqn(fqn) else None
+    owner = bound.precision_of(_governing_fqn(fqn))
+    if place is not None and bound.rule_of(place) is not bound.rule_of(fqn):
+        named = bound.precision_of(place).param
+        assert named is not None
+        return _stored_dtype(buffer, dtype_of(named))
+    widest = buffer.dtype
+    for fmt in (owner.param, owner.compute):
+        assert fmt is not None
+        if fmt == "tf32" or buffer.dtype.itemsize < 2:
+            continue
+        wanted = _stored_dtype(buffer, dtype_of(fmt))
+        if wanted.itemsize > widest.itemsize:
+            widest = wanted
+    return widest
+
+
+def _listed(fqns: list[str], most: int = 8) -> str:
+    """List names, the first few of many."""
+    more = f" and {len(fqns) - most} more" if len(fqns) > most else ""
+    return ", ".join(fqns[:most]) + more

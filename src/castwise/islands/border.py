@@ -1,0 +1,163 @@
+"""What happens when control crosses into an island and out again.
+
+A low island enters `torch.autocast` in its format. Which operators run low there, says
+the operator table, if a region of `castwise.autocast` stands around the model, as it
+does in `run.step()`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from castwise.dtypes import dtype_of
+from castwise.islands.crossing import cast_tensor, cast_values, tensors_in
+from castwise.islands.products import BackwardHold, Products, ProductsHold
+from castwise.islands.swap import island_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from torch import nn
+
+LOW = ("bf16", "fp16")
+"""Formats for which autocast chooses by operator; in wider ones nothing is cast."""
+
+# a module whose weights are cast for the length of its forward belongs to one thread
+_borrowing = threading.RLock()
+
+_NOTHING = contextlib.nullcontext()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Border:
+    """One island in one phase: the formats inside, and how to come and go."""
+
+    compute: str
+    """What operators run in; floating inputs are cast to it."""
+
+    output: str
+    """What floating outputs are cast to."""
+
+    device_type: str
+    """Whose autocast and whose switches are meant."""
+
+    casts_weights: bool = False
+    """Whether weights are held in another format, and are cast for each forward."""
+
+    def run(
+        self,
+        module: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Cast in, run the module's own forward inside, cast out."""
+        dtype = _dtype_inside(self.compute)
+        inside_args, inside_kwargs = cast_values((args, kwargs), dtype)
+        with self._weights(module, dtype), self._operators():
+            if self._products is None or torch.compiler.is_compiling():
+                outputs = forward(module, *inside_args, **inside_kwargs)
+            else:
+                with ProductsHold(self.device_type, self._products):
+                    outputs = forward(module, *inside_args, **inside_kwargs)
+                self._hold_backward(
+                    (args, kwargs), (inside_args, inside_kwargs), outputs
+                )
+        return cast_values(outputs, dtype_of(self.output))
+
+    @property
+    def _products(self) -> Products | None:
+        if self.compute == "fp32":
+            return "ieee"
+        return "tf32" if self.compute == "tf32" else None
+
+    def _operators(self) -> contextlib.AbstractContextManager[Any]:
+        if self.compute in LOW:
+            return torch.autocast(self.device_type, dtype=dtype_of(self.compute))
+        return torch.autocast(self.device_type, enabled=False)
+
+    def _weights(
+        self, module: nn.Module, dtype: torch.dtype
+    ) -> contextlib.AbstractContextManager[None]:
+        if not self.casts_weights:
+            return _NOTHING
+        return _borrowed_weights(list(_inhabitants(module)), dtype)
+
+    def _hold_backward(self, given: Any, inside: Any, outputs: Any) -> None:
+        assert self._products is not None
+        if not torch.is_grad_enabled():
+            return
+        hold = BackwardHold(self.device_type, self._products)
+        for output in tensors_in(outputs):
+            hold.enter_at(output)
+        outside = {id(tensor) for tensor in tensors_in(given)}
+        for tensor in tensors_in(inside):
+            if id(tensor) not in outside:
+                hold.leave_at(tensor)
+
+
+class PhaseNow:
+    """The phase that a model is in; every island of one model looks at the same one."""
+
+    __slots__ = ("phase",)
+
+    def __init__(self, phase: str) -> None:
+        self.phase = phase
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Island:
+    """A module held in another precision than its surroundings, phase by phase."""
+
+    fqn: str
+    """Where the module stood when the policy was applied."""
+
+    borders: Mapping[str, Border | None]
+    """Phase -> its border, or none where the module is as its surroundings are."""
+
+    now: PhaseNow
+    """The phase that decides."""
+
+    @property
+    def border(self) -> Border | None:
+        """The border in force."""
+        return self.borders[self.now.phase]
+
+
+def _inhabitants(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the module and those below it, without the islands among them."""
+    yield module
+    for child in module.children():
+        island = island_of(child)
+        if island is None or island.border is None:
+            yield from _inhabitants(child)
+
+
+def _dtype_inside(compute: str) -> torch.dtype:
+    """What a tensor is held in while operators run in `compute`; tf32 lives in fp32."""
+    return dtype_of("fp32" if compute == "tf32" else compute)
+
+
+@contextlib.contextmanager
+def _borrowed_weights(
+    owners: Sequence[nn.Module], dtype: torch.dtype
+) -> Iterator[None]:
+    """Let modules see differentiable casts of their weights, and give them back."""
+    with _borrowing:
+        kept = [(owner._parameters, dict(owner._parameters)) for owner in owners]  # noqa: SLF001 -- assignment by name would refuse a tensor
+        casts: dict[int, Any] = {}  # tied weights stay tied
+        try:
+            for slots, originals in kept:
+                for name, weight in originals.items():
+                    if weight is not None:
+                        cast = casts.setdefault(id(weight), cast_tensor(weight, dtype))
+                        slots[name] = cast
+            yield
+        finally:
+            for slots, originals in kept:
+                slots.update(originals)
