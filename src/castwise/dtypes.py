@@ -90,8 +90,8 @@ def _supports(device: str, name: str) -> Decision[bool]:
     if name == "bf16" and device.startswith("cuda") and _capability(device) < (8, 0):
         return Decision(
             True,
-            f"bf16 products run on {device}, emulated and slowly: matrix units for bf16 "
-            "begin with compute capability 8.0",
+            f"bf16 products run on {device}, emulated and slowly: matrix units for "
+            "bf16 begin with compute capability 8.0",
         )
     return Decision(True, f"a product in {name} on {device} ran and was right")
 

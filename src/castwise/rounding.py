@@ -1,8 +1,8 @@
 """Round a tensor to a format: nearest or stochastic, and past the largest number.
 
-The result stays in the input's dtype, fp32 or fp64: it emulates the format, so that tf32
-and whatever the hardware lacks can be had everywhere. The work is done on the bits of
-the input. For fp32 to bf16, which keeps 7 of 23 mantissa bits:
+The result stays in the input's dtype, fp32 or fp64: it emulates the format, so that
+tf32 and whatever the hardware lacks can be had everywhere. The work is done on the bits
+of the input. For fp32 to bf16, which keeps 7 of 23 mantissa bits:
 
     input      s eeeeeeee mmmmmmmKxxxxxxxxxxxxxxx     the last bit kept is left of K
     nearest    + half of the last bit kept, less one bit if that bit is even;

@@ -18,6 +18,7 @@ for `solver.scan.net` too. `module` is asked of the fqn and of every one above i
 from __future__ import annotations
 
 import re
+import warnings
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
@@ -203,8 +204,10 @@ def _check_regex(rule: Rule) -> None:
     if rule.module is None or not rule.module.startswith(REGEX_MARK):
         return
     try:
-        re.compile(rule.module.removeprefix(REGEX_MARK))
-    except (re.error, RecursionError, OverflowError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # re warns of sets that will mean another
+            re.compile(rule.module.removeprefix(REGEX_MARK))
+    except (re.error, RecursionError, OverflowError, Warning) as error:
         raise RuleError(
             f"{rule.label}: the text after {REGEX_MARK} is no regular expression: "
             f"{error}; for a glob leave {REGEX_MARK} out"
