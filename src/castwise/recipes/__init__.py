@@ -1,0 +1,1 @@
+"""Recipes: whole runs that use the house from data to report."""
