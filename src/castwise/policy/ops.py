@@ -11,10 +11,11 @@ table for all devices, so that a CPU run rehearses a CUDA run. The categories:
 
 fp64 and complex inputs are never cast by the table; islands decide those.
 
-Operators go by their ATen name without overload (`softmax`, not `softmax.int`). An
-operator that PyTorch reaches from inside another one (`_softmax` under `vmap`) takes
-the category of the outer one unless it has an entry of its own. An in-place operator
-follows the format of the tensor it writes to, whatever the table says.
+Operators go by their ATen name without overload (`softmax`, not `softmax.int`), and
+custom operators by namespace and name (`mylib::scan`). An operator that PyTorch reaches
+from inside another one (`_softmax` under `vmap`) takes the category of the outer one
+unless it has an entry of its own. An in-place operator follows the format of the tensor
+it writes to, whatever the table says.
 
 The table says, `castwise.autocast` does: whether a name exists is asked there.
 """
@@ -38,6 +39,7 @@ CATEGORIES: tuple[Category, ...] = get_args(Category)
 OUTER_OPERATORS = {
     "_euclidean_dist": "cdist",
     "_log_softmax": "log_softmax",
+    "_safe_softmax": "softmax",
     "_softmax": "softmax",
     "linalg_cholesky_ex": "linalg_cholesky",
     "linalg_inv_ex": "linalg_inv",
@@ -54,7 +56,7 @@ class OperatorEntry:
     """One operator, its category and the reason."""
 
     op: str
-    """ATen name without namespace and overload."""
+    """ATen name without overload; custom operators with their namespace."""
 
     category: Category
     """How the operator treats the formats of its inputs."""
@@ -166,7 +168,10 @@ class OperatorGroup:
 
 
 def operator_name(op: str) -> str:
-    """The bare name: `aten::softmax.int` and `aten.softmax` are both `softmax`."""
+    """The bare name: `aten::softmax.int` and `aten.softmax` are both `softmax`.
+
+    Custom operators keep their namespace: `mylib::scan`.
+    """
     return op.removeprefix("aten::").removeprefix("aten.").split(".", 1)[0]
 
 
@@ -259,13 +264,16 @@ DEFAULT_TABLE = OperatorTable.of(
         category="fp32",
         because="a factorisation or spectral transform: no low kernel, and unstable",
         ops="""
-        _lu_with_info cholesky cholesky_inverse cholesky_solve fft_fft fft_fft2
-        fft_fftn fft_hfft fft_ifft fft_ifft2 fft_ifftn fft_ihfft fft_irfft fft_irfft2
-        fft_irfftn fft_rfft fft_rfft2 fft_rfftn geqrf inverse linalg_cholesky
-        linalg_cholesky_ex linalg_cond linalg_eig linalg_eigh linalg_eigvals
-        linalg_eigvalsh linalg_householder_product linalg_inv linalg_inv_ex
-        linalg_lstsq linalg_matrix_rank linalg_qr linalg_solve linalg_svd
-        linalg_svdvals linalg_tensorinv linalg_tensorsolve lu_solve orgqr ormqr
+        _lu_with_info cholesky cholesky_inverse cholesky_solve complex fft_fft fft_fft2
+        fft_fftn fft_hfft fft_hfft2 fft_hfftn fft_ifft fft_ifft2 fft_ifftn fft_ihfft
+        fft_ihfft2 fft_ihfftn fft_irfft fft_irfft2 fft_irfftn fft_rfft fft_rfft2
+        fft_rfftn geqrf inverse linalg_cholesky linalg_cholesky_ex linalg_cond
+        linalg_det linalg_eig linalg_eigh linalg_eigvals linalg_eigvalsh
+        linalg_householder_product linalg_inv linalg_inv_ex linalg_ldl_factor
+        linalg_ldl_factor_ex linalg_ldl_solve linalg_lstsq linalg_lu linalg_lu_factor
+        linalg_lu_factor_ex linalg_lu_solve linalg_matrix_rank linalg_pinv linalg_qr
+        linalg_slogdet linalg_solve linalg_solve_triangular linalg_svd linalg_svdvals
+        linalg_tensorinv linalg_tensorsolve linalg_vander logdet lu_solve orgqr ormqr
         pinverse polar qr stft svd triangular_solve view_as_complex
         """,
     ),
@@ -275,16 +283,39 @@ DEFAULT_TABLE = OperatorTable.of(
         ops="""
         adaptive_avg_pool3d adaptive_max_pool3d avg_pool3d
         fake_quantize_per_tensor_affine fractional_max_pool2d fractional_max_pool3d
-        max_pool3d max_unpool2d max_unpool3d nanquantile quantile reflection_pad1d
-        reflection_pad2d replication_pad1d replication_pad2d replication_pad3d
+        histogram histogramdd max_pool3d max_unpool2d max_unpool3d nanquantile
+        quantile reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d
+        replication_pad3d rrelu sparse_sampled_addmm
+        """,
+    ),
+    OperatorGroup(
+        category="fp32",
+        because="a special function: no low kernel, and its argument is amplified",
+        ops="""
+        special_airy_ai special_bessel_j0 special_bessel_j1 special_bessel_y0
+        special_bessel_y1 special_chebyshev_polynomial_t
+        special_chebyshev_polynomial_u special_chebyshev_polynomial_v
+        special_chebyshev_polynomial_w special_erfcx special_hermite_polynomial_h
+        special_hermite_polynomial_he special_i1 special_i1e
+        special_laguerre_polynomial_l special_legendre_polynomial_p special_log_ndtr
+        special_modified_bessel_i0 special_modified_bessel_i1
+        special_modified_bessel_k0 special_modified_bessel_k1 special_ndtri
+        special_scaled_modified_bessel_k0 special_scaled_modified_bessel_k1
+        special_shifted_chebyshev_polynomial_t special_shifted_chebyshev_polynomial_u
+        special_shifted_chebyshev_polynomial_v special_shifted_chebyshev_polynomial_w
+        special_spherical_bessel_j0 special_zeta
         """,
     ),
     OperatorGroup(
         category="widest",
         because="refuses, or wrongly rounds, inputs of different formats",
         ops="""
-        addcdiv addcmul atan2 bilinear cat cross dot index_add index_copy index_put
-        lerp masked_scatter scatter scatter_add scatter_reduce stack tensordot vdot
+        _chunk_cat _log_softmax_backward_data _softmax_backward_data _sparse_mm addcdiv
+        addcmul allclose atan2 bilinear cat cross dot embedding_bag heaviside index_add
+        index_copy index_put index_reduce isclose lerp linalg_cross masked_scatter
+        meshgrid put scatter scatter_add scatter_reduce stack tensordot
+        torch_nn::_linear_cross_entropy_batch_chunked
+        torch_nn::_linear_cross_entropy_batch_chunked_no_reduction vdot
         """,
     ),
 )
