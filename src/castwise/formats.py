@@ -24,6 +24,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from castwise.errors import FormatError
+from castwise.wording import shown
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -152,6 +153,8 @@ _FOREIGN = {
     "float16": "fp16",
     "half": "fp16",
     "f16": "fp16",
+    "fp8": "fp8_e4m3",
+    "float8": "fp8_e4m3",
     "float8_e4m3fn": "fp8_e4m3",
     "float8_e4m3": "fp8_e4m3",
     "e4m3": "fp8_e4m3",
@@ -173,9 +176,9 @@ def parse_format(text: str | Format) -> Format:
         return fmt
     plain = text.strip().removeprefix("torch.").lower()
     meant = _FOREIGN.get(plain) or next(
-        iter(difflib.get_close_matches(plain, FORMATS, n=1)), None
+        iter(difflib.get_close_matches(plain[:200], FORMATS, n=1)), None
     )
     remedy = f"; write {meant}" if meant else ""
     raise FormatError(
-        f"need one of the formats {', '.join(FORMATS)}; got {text[:60]!r}{remedy}"
+        f"need one of the formats {', '.join(FORMATS)}; got {shown(text)}{remedy}"
     )

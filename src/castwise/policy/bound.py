@@ -12,13 +12,21 @@ have one storage for the whole run.
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from castwise.errors import PolicyError, UnmatchedRuleError
-from castwise.policy.keys import PHASES, REGEX_MARK, STAGES, ModuleFacts, Rule, upwards
+from castwise.policy.keys import (
+    PHASES,
+    REGEX_MARK,
+    STAGES,
+    ModuleFacts,
+    Rule,
+    check_time,
+    upwards,
+)
 from castwise.policy.precision import FP32, Precision
+from castwise.wording import did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -40,12 +48,14 @@ class BoundPolicy:
         self, fqn: str, *, stage: str = "forward", phase: str = "full"
     ) -> Rule | None:
         """Return the rule that decides for a module, or none for the default."""
+        check_time(stage, phase)
         return first_rule(self._rules_on(fqn), stage, phase)
 
     def precision_of(
         self, fqn: str, *, stage: str = "forward", phase: str = "full"
     ) -> Precision:
         """Return the full precision of a module in a stage and phase."""
+        check_time(stage, phase)
         default = self.policy.default.over(FP32)
         found, storage = Precision(), Precision()
         for rules in self._rules_upwards(fqn):
@@ -96,7 +106,7 @@ class BoundPolicy:
         if found is None:
             raise PolicyError(
                 f"no module {fqn!r} in the model that {self.policy.name} is laid over"
-                f"{_did_you_mean(fqn, self.governing)}"
+                f"{did_you_mean(fqn, self.governing)}"
             )
         return found
 
@@ -147,15 +157,10 @@ def _unmatched(rule: Rule, facts: Sequence[ModuleFacts]) -> str:
     """Say what the rule looked for, and what in the model comes nearest."""
     near = ""
     if rule.module is not None and not rule.module.startswith(REGEX_MARK):
-        near = _did_you_mean(rule.module, [each.fqn for each in facts])
+        near = did_you_mean(rule.module, [each.fqn for each in facts], cutoff=0.5)
     if not near and rule.type is not None:
-        near = _did_you_mean(rule.type, [name for each in facts for name in each.types])
+        near = did_you_mean(rule.type, [name for each in facts for name in each.types])
     return (
         f"{rule.label} matches none of the {len(facts)} modules{near}; correct the "
         "rule or delete it"
     )
-
-
-def _did_you_mean(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, [*filter(None, known)], n=1, cutoff=0.5)
-    return f" (did you mean {close[0]}?)" if close else ""

@@ -16,7 +16,6 @@ tags, anchors, deep nesting, several documents, keys given twice.
 
 from __future__ import annotations
 
-import difflib
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -32,6 +31,7 @@ from castwise.errors import (
 )
 from castwise.policy.keys import Rule
 from castwise.policy.precision import AS_IS, Precision
+from castwise.wording import did_you_mean, shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -205,7 +205,7 @@ def check_name(text: str, where: str) -> None:
     """Refuse a name that would not survive a log line or a file."""
     if not text or not text.isprintable() or text != text.strip():
         raise PolicyDocumentError(
-            f"{where}: name needs one line of printable text, got {_shown(text)}"
+            f"{where}: name needs one line of printable text, got {shown(text)}"
         )
 
 
@@ -216,7 +216,7 @@ def check_loss_scale(text: str, where: str) -> None:
         return
     raise PolicyDocumentError(
         f"{where}: loss_scale needs none, dynamic or static:<number above 0>, got "
-        f"{_shown(text)}; leave it out to let castwise decide"
+        f"{shown(text)}; leave it out to let castwise decide"
     )
 
 
@@ -235,7 +235,7 @@ def _check_version(place: _Place, entries: Mapping[str, _Place]) -> None:
     got = entries["castwise"].text()
     if got != str(VERSION):
         raise PolicyDocumentError(
-            f"{entries['castwise']}: need castwise: {VERSION}, got {_shown(got)}; this "
+            f"{entries['castwise']}: need castwise: {VERSION}, got {shown(got)}; this "
             f"castwise reads version {VERSION} only"
         )
 
@@ -263,8 +263,8 @@ class _Place:
             key = key_place.text()
             if key not in known:
                 raise PolicyDocumentError(
-                    f"{key_place}: unknown key {_shown(key)}"
-                    f"{_did_you_mean(key, known)}; {what} has {', '.join(known)}"
+                    f"{key_place}: unknown key {shown(key)}"
+                    f"{did_you_mean(key, known)}; {what} has {', '.join(known)}"
                 )
             if key in entries:
                 raise PolicyDocumentError(
@@ -300,7 +300,7 @@ class _Place:
             return "keys and values"
         if isinstance(self.node, yaml.SequenceNode):
             return "a list"
-        return _shown(self.node.value) if self.node.value else "nothing"
+        return shown(self.node.value) if self.node.value else "nothing"
 
 
 def _refuse_what_no_policy_needs(text: str, where: str) -> None:
@@ -324,7 +324,7 @@ def _refuse_what_no_policy_needs(text: str, where: str) -> None:
             tag = getattr(event, "tag", None)
             if tag is not None:
                 raise PolicyDocumentError(
-                    f"{place}: the tag {_shown(str(tag))} is refused; leave it out"
+                    f"{place}: the tag {shown(str(tag))} is refused; leave it out"
                 )
 
 
@@ -348,7 +348,7 @@ class _yaml_errors:  # noqa: N801 -- a context manager reads as a verb
             ) from None
         if isinstance(error, yaml.MarkedYAMLError):
             line = _line(error.problem_mark or error.context_mark)
-            problem = " ".join(str(error.problem or error.context).split())
+            problem = " ".join(f"{error.context or ''} {error.problem or ''}".split())
             raise PolicyDocumentError(
                 f"{self.where}:{line}: no valid YAML: {problem}{_hint(problem)}"
             ) from None
@@ -372,12 +372,3 @@ def _hint(problem: str) -> str:
     if "mapping values are not allowed" in problem:
         return "; quote a text that contains a colon"
     return ""
-
-
-def _did_you_mean(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
-
-
-def _shown(text: str) -> str:
-    return repr(text if len(text) <= 60 else text[:57] + "...")

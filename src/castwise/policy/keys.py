@@ -23,9 +23,10 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
-from castwise.errors import RuleError
+from castwise.errors import PolicyError, RuleError
 from castwise.policy.ops import CATEGORIES, Category
 from castwise.policy.precision import SURROUNDINGS, Precision
+from castwise.wording import shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -99,7 +100,7 @@ class Rule:
             if text is not None and (not text.isprintable() or text != text.strip()):
                 raise RuleError(
                     f"{self.label}: {name} needs one line of printable text without "
-                    f"outer spaces, got {text[:60]!r}"
+                    f"outer spaces, got {shown(text)}"
                 )
             if text == "" and name != "because":
                 raise RuleError(
@@ -130,24 +131,14 @@ class Rule:
     @property
     def label(self) -> str:
         """How messages name the rule: its place, and its keys."""
-        shown = [
-            f"{name} {value}"
-            for name, value in zip(
-                ("module", "type", "predicate", "op", "stage", "phase"),
-                (
-                    self.module,
-                    self.type,
-                    getattr(self.predicate, "__name__", self.predicate),
-                    self.op,
-                    self.stage,
-                    self.phase,
-                ),
-                strict=True,
-            )
-            if value is not None
+        names = ("module", "type", "predicate", "op", "stage", "phase")
+        parts = [
+            f"{name} {_brief(key)}"
+            for name, key in zip(names, self.keys, strict=True)
+            if key is not None
         ]
         place = f"{self.where}: " if self.where else ""
-        return f"{place}rule [{', '.join(shown)}]"
+        return f"{place}rule [{', '.join(parts)}]"
 
     @property
     def looks_at_modules(self) -> bool:
@@ -184,6 +175,21 @@ class Rule:
         return any(fnmatchcase(name, self.type) for name in types)
 
 
+def _brief(key: object) -> str:
+    """Return a key as it stands in the file; a very long one is cut."""
+    text = str(getattr(key, "__name__", key))
+    return text if len(text) <= 60 else shown(text)
+
+
+def check_time(stage: str, phase: str) -> None:
+    """Refuse a question about a stage or phase that there is none of."""
+    for name, value, choices in (("stage", stage, STAGES), ("phase", phase, PHASES)):
+        if value not in choices:
+            raise PolicyError(
+                f"{name} needs one of {', '.join(choices)}, got {shown(value)}"
+            )
+
+
 def upwards(fqn: str) -> Iterator[str]:
     """Yield `a.b.c`, `a.b`, `a` and the root; the root alone for the root."""
     while fqn:
@@ -196,7 +202,8 @@ def _check_choice(rule: Rule, name: str, choices: tuple[str, ...]) -> None:
     value = getattr(rule, name)
     if value is not None and value not in choices:
         raise RuleError(
-            f"{rule.label}: {name} needs one of {', '.join(choices)}, got {value!r}"
+            f"{rule.label}: {name} needs one of {', '.join(choices)}, got "
+            f"{shown(str(value))}"
         )
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields
 
 from castwise.errors import FormatError, PrecisionTextError
 from castwise.formats import parse_format
+from castwise.wording import shown
 
 AS_IS = "as_is"
 """The text of a precision that leaves every field as in the surroundings."""
@@ -72,7 +73,7 @@ class Precision:
             return cls(**pairs)
         except FormatError as error:
             raise PrecisionTextError(
-                f"in the precision {_shown(text)}: {error}"
+                f"in the precision {shown(text)}: {error}"
             ) from None
 
     @property
@@ -122,15 +123,10 @@ def _read_part(part: str, pairs: dict[str, str]) -> None:
     if field not in SHORT_KEYS.values():
         keys = ", ".join(f"{short} ({long})" for short, long in SHORT_KEYS.items())
         raise PrecisionTextError(
-            f"need parts such as c=bf16 with the keys {keys}; got {_shown(part)}"
+            f"need parts such as c=bf16 with the keys {keys}; got {shown(part)}"
         )
     if field in pairs:
         raise PrecisionTextError(
-            f"need each key once; got {field} twice, {pairs[field]} and {_shown(name)}"
+            f"need each key once; got {field} twice, {pairs[field]} and {shown(name)}"
         )
     pairs[field] = parse_format(name).name
-
-
-def _shown(text: str) -> str:
-    """Quote a text, shortened so that a message stays one readable sentence."""
-    return repr(text if len(text) <= 60 else text[:57] + "...")

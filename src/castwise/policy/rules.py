@@ -35,6 +35,7 @@ from castwise.policy.keys import (
     PHASES_WITH_BACKWARD,
     ModuleFacts,
     Rule,
+    check_time,
 )
 from castwise.policy.ops import DEFAULT_TABLE, Category, OperatorTable
 from castwise.policy.precision import FP32, SURROUNDINGS, Precision
@@ -162,6 +163,7 @@ class Policy:
         self, *, stage: str = "forward", phase: str = "full"
     ) -> Precision:
         """Return the full precision of a module that no rule on modules governs."""
+        check_time(stage, phase)
         rules = [rule for rule in self.rules if not rule.looks_at_modules]
         own = first_rule(rules, stage, phase)
         found = (own.precision if own else SURROUNDINGS).over(self.default).over(FP32)
@@ -182,6 +184,7 @@ class Policy:
         Raises:
             RuleError: An op rule asks for a format that a table cannot give.
         """
+        check_time("forward", phase)
         table = DEFAULT_TABLE
         for rule in reversed(self.rules):  # the first rule is laid last, and wins
             if rule.op is not None and rule.holds_in("forward", phase):
@@ -225,7 +228,8 @@ class Policy:
             return "as_is"
         if asked == "fp32":
             return "fp32"
-        computes = {self.default.compute, *(r.precision.compute for r in self.rules)}
+        on_modules = (r for r in self.rules if r.op is None)
+        computes = {self.default.compute, *(r.precision.compute for r in on_modules)}
         low = {name for name in computes if name in _LOW}
         if low == {asked}:
             return "low"

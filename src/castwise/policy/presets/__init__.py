@@ -13,11 +13,11 @@ thinking; three are for a run with phases. A run without phases is all `full`.
 
 from __future__ import annotations
 
-import difflib
 from importlib import resources
 
 from castwise.errors import PolicyError
 from castwise.policy.rules import Policy
+from castwise.wording import did_you_mean, shown
 
 PRESETS = (
     "32-true",
@@ -49,11 +49,9 @@ def preset(name: str) -> Policy:
     if name in _REFUSED:
         raise PolicyError(f"the preset {name} is refused: {_REFUSED[name]}")
     if name not in PRESETS:
-        close = difflib.get_close_matches(name, PRESETS, n=1)
-        hint = f" (did you mean {close[0]}?)" if close else ""
         raise PolicyError(
-            f"need one of the presets {', '.join(PRESETS)}; got {name[:60]!r}{hint}; "
-            "for a file use Policy.load"
+            f"need one of the presets {', '.join(PRESETS)}; got {shown(name)}"
+            f"{did_you_mean(name, PRESETS)}; for a file use Policy.load"
         )
     text = resources.files(__name__).joinpath(f"{name}.yaml").read_text("utf-8")
     return Policy.parse(text, where=f"preset {name}")
