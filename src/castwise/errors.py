@@ -56,6 +56,10 @@ class StepError(CastwiseError):
     """A training step was opened, closed or fed in the wrong order."""
 
 
+class WeightStorageError(CastwiseError):
+    """Weights or optimizer states cannot be held, or restored, as asked."""
+
+
 class CheckpointError(CastwiseError):
     """A checkpoint cannot be written, found or used."""
 

@@ -1,0 +1,430 @@
+"""Puts a weight storage under any optimizer, without touching the optimizer's code.
+
+The model keeps its `Parameter` objects and computes in 16 bits. For the length of one
+`optimizer.step()` a parameter's data are its exact fp32 weight and its gradient is in
+fp32, so the optimizer sees what it would see in fp32 training, makes its states in
+fp32, and writes its update into fp32; then the storage takes the weight apart again:
+
+    p.data   bf16 -> join -> fp32 -> the optimizer's own step -> part -> bf16
+    p.grad   bf16 ---------> fp32 -> read ---------------------> the same bf16 tensor
+
+An optimizer that treats each parameter by itself (every one of torch but LBFGS) is
+stepped a few parameters at a time, so that the fp32 copies of a step never stand in
+memory together. One of which that is not known is stepped whole. Either way no fp32
+copy outlives the step, unless the storage is `master`, whose point that is.
+
+`optimizer.step`, `state_dict`, `load_state_dict` and `add_param_group` are called as
+ever. A state dict holds every state in its own format, and what the storage keeps
+beside the weight; loading it restores both bit by bit, where torch alone casts the
+states to the format of the weight (pytorch#43706).
+
+It refuses what it cannot hold: complex and fp64 parameters (name them in `keep`),
+sharded ones, differentiable optimizers. What is written into a parameter by others
+(`load_state_dict` of a model, a clamp under `no_grad`) is noticed and becomes the
+weight; what is written behind torch's back through `p.data` is not.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any, Literal
+
+import torch
+from torch.optim import Optimizer
+from torch.optim import optimizer as torch_optimizer
+
+from castwise.decision import Decision
+from castwise.dtypes import dtype_of
+from castwise.errors import SettingsError, WeightStorageError
+from castwise.optim.joined import (
+    HeldParameter,
+    Joined,
+    check_parameters,
+    raise_states,
+)
+from castwise.optim.state_formats import StateFormats
+from castwise.optim.storage import Extras, WeightStorage, make_storage
+
+PARAMETER_WISE: frozenset[type[Optimizer]] = frozenset(
+    getattr(torch.optim, name)
+    for name in (
+        "ASGD",
+        "Adadelta",
+        "Adafactor",
+        "Adagrad",
+        "Adam",
+        "AdamW",
+        "Adamax",
+        "Muon",
+        "NAdam",
+        "RAdam",
+        "RMSprop",
+        "Rprop",
+        "SGD",
+        "SparseAdam",
+    )
+)
+"""Optimizers whose update of one parameter depends on no other parameter."""
+
+_BITE = 1 << 22  # elements in fp32 at a time: 16 MiB of weights, 16 MiB of gradients
+
+
+def hold_weights(
+    optimizer: Optimizer,
+    storage: str = "split",
+    *,
+    fmt: str = "bf16",
+    grad_format: Literal["fp32"] | None = None,
+    keep: Iterable[torch.nn.Parameter] = (),
+    release_gradients: bool = False,
+    accept_lost_updates: bool = False,
+    seed: int = 0,
+) -> HeldWeights:
+    """Hold the weights of an optimizer in 16 bits from now on.
+
+    Args:
+        optimizer: Any optimizer, before or after its first step; it and its parameters
+            keep their identity.
+        storage: Where the bits go that 16 do not hold, one of
+            `castwise.optim.STORAGES` (default: split).
+        fmt: Format of the weights in the model (default: bf16).
+        grad_format: Format in which gradients are accumulated; fp32 keeps the digits of
+            many small batches and costs 2 bytes (default: that of the weights).
+        keep: Parameters that stay as they are, such as those of an fp32 island.
+        release_gradients: Update each parameter in the backward, as soon as its
+            gradient is complete, and free the gradient (default: False).
+        accept_lost_updates: Allow the storage `plain` (default: False).
+        seed: Seed of the lots of the storage `stochastic` (default: 0).
+
+    Returns:
+        The hold; `remove()` gives the parameters back in fp32.
+
+    Raises:
+        SettingsError: A setting has a value that does not exist or fit.
+        WeightStorageError: A parameter or the optimizer cannot be held.
+    """
+    kind = make_storage(
+        storage, fmt, seed=seed, accept_lost_updates=accept_lost_updates
+    )
+    if grad_format not in (None, "fp32"):
+        raise SettingsError(
+            f"need grad_format fp32 or None, the format of the weights; "
+            f"got {grad_format!r}"
+        )
+    return HeldWeights(
+        optimizer,
+        kind,
+        fmt=fmt,
+        grad_format=grad_format,
+        keep=frozenset(id(parameter) for parameter in keep),
+        release_gradients=release_gradients,
+    )
+
+
+class HeldWeights:
+    """A weight storage in force under an optimizer; made by `hold_weights`."""
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        storage: WeightStorage,
+        *,
+        fmt: str,
+        grad_format: str | None,
+        keep: Collection[int],
+        release_gradients: bool,
+    ) -> None:
+        self.optimizer = optimizer
+        self.storage = storage
+        self._dtype = dtype_of(fmt)
+        self._grad_format = grad_format
+        self._keep = keep
+        self._release_gradients = release_gradients
+        self._held: dict[int, HeldParameter] = {}
+        self._hooks: list[Any] = []
+        self._check_optimizer()
+        self._take(self._parameters())
+        self._inner_step = optimizer.step
+        self._inner_add = optimizer.add_param_group
+        self._patch()
+        self._formats = StateFormats(optimizer, self._extras_of, self._load_extras)
+
+    @property
+    def parameter_wise(self) -> Decision[bool]:
+        """Whether the optimizer is stepped a few parameters at a time, and why."""
+        name = type(self.optimizer).__name__
+        if type(self.optimizer) not in PARAMETER_WISE:
+            return Decision(
+                value=False, because=f"{name} may treat parameters together"
+            )
+        if _has_step_hooks(self.optimizer):
+            return Decision(value=False, because="step hooks expect one call a step")
+        return Decision(value=True, because=f"{name} treats each parameter by itself")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+        """Run the optimizer's own step on the exact weights.
+
+        Args:
+            closure: Evaluates the loss again, on the 16-bit weights (default: None).
+            **kwargs: Whatever the optimizer's step takes besides.
+
+        Returns:
+            What the optimizer's step returns.
+        """
+        self._notice_foreign_writes()
+        if closure is None and self.parameter_wise.value:
+            for group, bite in self._bites():
+                self._step_bite(group, bite, kwargs)
+            return None
+        every = list(self._held.values())
+        if closure is None:
+            with self._joined(every):
+                return self._inner_step(**kwargs)
+        with self._joined(every) as change:
+            return self._inner_step(change.closure(closure), **kwargs)
+
+    def fp32_weights(self, module: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """Return the state dict of a module with its exact weights in fp32.
+
+        It is what a run in fp32 would save: anybody can load it.
+        """
+        self._notice_foreign_writes()
+        weights: dict[str, torch.Tensor] = dict(module.state_dict(keep_vars=True))
+        for name, value in weights.items():
+            held = self._held.get(id(value))
+            weights[name] = (
+                value.detach()
+                if held is None
+                else self.storage.join(held.weight, held.extras).clone()
+            )
+        return weights
+
+    @torch.no_grad()
+    def load_fp32_weights(
+        self, module: torch.nn.Module, weights: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Load a state dict, keeping every bit of its weights in fp32.
+
+        Raises:
+            RuntimeError: Names or shapes do not fit, as in `load_state_dict`.
+        """
+        module.load_state_dict(dict(weights))
+        for name, value in module.state_dict(keep_vars=True).items():
+            held = self._held.get(id(value))
+            if held is not None:
+                full = weights[name].detach().to(held.weight.device, torch.float32)
+                self._begin(held, full)
+
+    def remove(self) -> None:
+        """Give the parameters back in fp32 and the optimizer as it was."""
+        self._notice_foreign_writes()
+        for held in self._held.values():
+            full = self.storage.join(held.weight, held.extras)
+            gradient, held.parameter.grad = held.parameter.grad, None
+            held.parameter.grad_dtype = None
+            held.parameter.data = full
+            held.parameter.grad = None if gradient is None else gradient.float()
+        self._held.clear()
+        self._formats.remove()
+        for hook in self._hooks:
+            hook.remove()
+        for name in ("step", "add_param_group"):
+            del self.optimizer.__dict__[name]
+        for name, inner in self._shadowed.items():
+            self.optimizer.__dict__[name] = inner
+
+    def bytes_per_parameter(self) -> float:
+        """Return the measured bytes of weights and what stands beside them."""
+        total = sum(
+            tensor.numel() * tensor.element_size()
+            for held in self._held.values()
+            for tensor in (held.weight, *held.extras.values())
+        )
+        return total / max(1, sum(h.weight.numel() for h in self._held.values()))
+
+    def _check_optimizer(self) -> None:
+        """Refuse optimizers that must see more than a step."""
+        name = type(self.optimizer).__name__
+        if any(group.get("differentiable") for group in self.optimizer.param_groups):
+            raise WeightStorageError(
+                f"need an optimizer that does not record its own step; got {name} with "
+                "differentiable=True; hold its weights in fp32"
+            )
+        if isinstance(self.optimizer.__dict__.get("step"), MethodType) and hasattr(
+            self.optimizer.step, "held_by_castwise"
+        ):
+            raise WeightStorageError(
+                f"the weights of this {name} are held already; call remove() on that "
+                "hold first"
+            )
+        if self._release_gradients and not self.parameter_wise.value:
+            raise WeightStorageError(
+                "release_gradients needs an optimizer that can be stepped one "
+                f"parameter at a time; {self.parameter_wise.because}"
+            )
+
+    def _parameters(self) -> list[torch.nn.Parameter]:
+        groups = self.optimizer.param_groups
+        return [parameter for group in groups for parameter in group["params"]]
+
+    def _take(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Hold parameters that are neither held nor kept."""
+        new = [p for p in parameters if id(p) not in self._held | self._keep_map()]
+        check_parameters(new, len(self._held), self.storage)
+        for parameter in new:
+            full = parameter.detach().float()
+            weight = torch.empty_like(parameter, dtype=self._dtype).detach()
+            held = HeldParameter(parameter, weight, {})
+            gradient, parameter.grad = parameter.grad, None
+            parameter.data = weight
+            self._held[id(parameter)] = held
+            self._begin(held, full, index=len(self._held))
+            if self._grad_format is not None:
+                parameter.grad_dtype = torch.float32
+            if gradient is not None:
+                parameter.grad = gradient.to(parameter.grad_dtype)
+            raise_states(self.optimizer.state.get(parameter), weight.shape)
+            if self._release_gradients:
+                register: Any = parameter.register_post_accumulate_grad_hook
+                self._hooks.append(register(self._step_one))
+
+    def _keep_map(self) -> dict[int, None]:
+        return dict.fromkeys(self._keep)
+
+    def _begin(
+        self, held: HeldParameter, full: torch.Tensor, index: int | None = None
+    ) -> None:
+        """Make an fp32 tensor the weight, with nothing remembered of the former one."""
+        if index is None:
+            index = 1 + list(self._held).index(id(held.parameter))
+        held.extras = self.storage.begin(full, held.weight, index)
+        held.remember_version()
+        held.partner = None
+
+    def _notice_foreign_writes(self) -> None:
+        """Take over weights that somebody wrote into the parameters since the step."""
+        for held in self._held.values():
+            if held.written_by_others():
+                if held.partner is None or held.partner != held.fingerprint():
+                    self._begin(held, held.weight.float())
+                held.remember_version()
+
+    def _patch(self) -> None:
+        """Stand in for the optimizer's own `step` and `add_param_group`."""
+        own = self.optimizer.__dict__
+        patched = ("step", "add_param_group")
+        self._shadowed = {name: own[name] for name in patched if name in own}
+
+        @functools.wraps(self._inner_step)
+        def step(
+            _: Optimizer, closure: Callable[[], Any] | None = None, **kwargs: Any
+        ) -> Any:
+            return self.step(closure, **kwargs)
+
+        @functools.wraps(self._inner_add)
+        def add_param_group(_: Optimizer, param_group: dict[str, Any]) -> None:
+            self._inner_add(param_group)
+            self._take(self._parameters())
+
+        step.__dict__["held_by_castwise"] = True
+        own["step"] = MethodType(step, self.optimizer)
+        own["add_param_group"] = MethodType(add_param_group, self.optimizer)
+
+    def _bites(self) -> Iterator[tuple[dict[str, Any], list[torch.nn.Parameter]]]:
+        """Yield parameters with gradients: a group and some `_BITE` elements of it."""
+        for group in self.optimizer.param_groups:
+            bite: list[torch.nn.Parameter] = []
+            size = 0
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                if bite and size + parameter.numel() > _BITE:
+                    yield group, bite
+                    bite, size = [], 0
+                bite.append(parameter)
+                size += parameter.numel()
+            if bite:
+                yield group, bite
+
+    def _step_bite(
+        self,
+        group: dict[str, Any],
+        bite: list[torch.nn.Parameter],
+        kwargs: dict[str, Any],
+    ) -> None:
+        """Step some parameters of a group, as if the optimizer had no others."""
+        optimizer = self.optimizer
+        groups, parameters = optimizer.param_groups, group["params"]
+        held = [self._held[id(p)] for p in bite if id(p) in self._held]
+        try:
+            optimizer.param_groups = [group]
+            group["params"] = bite
+            with self._joined(held):
+                self._inner_step(**kwargs)
+        finally:
+            group["params"] = parameters
+            optimizer.param_groups = groups
+
+    @torch.no_grad()
+    def _step_one(self, parameter: torch.Tensor) -> None:
+        """Step a parameter in the backward and free its gradient."""
+        self._notice_foreign_writes()
+        for group in self.optimizer.param_groups:
+            if any(p is parameter for p in group["params"]):
+                self._step_bite(group, [parameter], {})  # type: ignore[list-item]
+        parameter.grad = None
+
+    @contextmanager
+    def _joined(self, held: Iterable[HeldParameter]) -> Iterator[Joined]:
+        """Let parameters be fp32, and part them again whatever happens."""
+        change = Joined(self.storage, list(held))
+        change.join()
+        try:
+            yield change
+        finally:
+            change.part()
+
+    def _extras_of(self, parameter: torch.Tensor) -> Extras:
+        """Return what a state dict is to hold of a parameter, named by storage."""
+        held = self._held.get(id(parameter))
+        if held is None:
+            return {}
+        extras = {f"{self.storage.name}.{k}": v for k, v in held.extras.items()}
+        fingerprint = torch.tensor(held.fingerprint(), dtype=torch.int64)
+        return extras | {f"{self.storage.name}.fingerprint": fingerprint}
+
+    def _load_extras(self, parameter: torch.Tensor, saved: Extras) -> None:
+        """Take what a state dict held of a parameter."""
+        held = self._held.get(id(parameter))
+        if held is None:
+            return
+        prefix = f"{self.storage.name}."
+        own = {k.removeprefix(prefix): v for k, v in saved.items()}
+        fingerprint = own.pop("fingerprint", None)
+        if own.keys() != held.extras.keys() or fingerprint is None:
+            raise WeightStorageError(
+                f"need the states of weights held in {self.storage.name}; got "
+                f"{', '.join(saved)}; hold the weights as they were saved, or load "
+                "them as fp32 with load_fp32_weights"
+            )
+        for name, value in own.items():
+            held.extras[name] = value.to(held.extras[name].device, copy=True)
+        held.partner = int(fingerprint)
+        held.version = -1  # compare at the next step, when the model is loaded too
+
+
+def _has_step_hooks(optimizer: Optimizer) -> bool:
+    """Return whether anybody listens to the steps of the optimizer; torch asks so."""
+    own = optimizer.__dict__
+    return any(
+        (
+            own.get("_optimizer_step_pre_hooks"),
+            own.get("_optimizer_step_post_hooks"),
+            vars(torch_optimizer).get("_global_optimizer_pre_hooks"),
+            vars(torch_optimizer).get("_global_optimizer_post_hooks"),
+        )
+    )
