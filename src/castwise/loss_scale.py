@@ -348,7 +348,7 @@ def first_non_finite(gradients: Mapping[str, torch.Tensor]) -> NonFinite | None:
             groups[values.device, values.dtype].append(values)
     per_device: dict[torch.device, list[torch.Tensor]] = defaultdict(list)
     for (device, _), tensors in groups.items():
-        largest = torch._foreach_norm(tensors, math.inf)
+        largest = torch._foreach_norm(tensors, math.inf)  # noqa: SLF001 -- the only fused norm
         per_device[device].extend(each.float() for each in largest)
     if all(torch.stack(each).isfinite().all() for each in per_device.values()):
         return None
@@ -403,7 +403,7 @@ class _SkipsInARow:
         if finding is not None and self.number >= self._patience:
             raise LossScaleError(
                 f"{self.number} steps in a row were skipped, {finding}, and {why}: "
-                "look for a division by zero, a logarithm of zero or too high a learning "
+                "look for a division by zero, a logarithm of zero, too high a learning "
                 "rate, or compute the module in a wider format"
             )
 

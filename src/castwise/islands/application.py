@@ -106,6 +106,16 @@ class AppliedPolicy:
             raise IslandError(f"a phase is one of {', '.join(PHASES)}; got {phase!r}")
         self._now.phase = phase
 
+    def low_format(self) -> str | None:
+        """The low format of the surroundings, or else of some island, in this phase."""
+        around = self.bound.policy.base_precision(phase=self.phase).compute
+        inside = (
+            island.border.compute
+            for island in map(island_of, self.islands.values())
+            if island is not None and island.border is not None
+        )
+        return next((fmt for fmt in (around, *inside) if fmt in LOW), None)
+
     def coverage(self) -> str:
         """One line: which modules run in another format than the rest, in this phase.
 
