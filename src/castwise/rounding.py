@@ -135,7 +135,7 @@ def _round(
     if fmt.min_exponent > source.min_exponent:
         # the exponent field that the target's smallest normal number has in the source
         field = fmt.min_exponent + source.bias
-        small = _round_small(magnitude, source, fmt, drop).to(x.dtype)
+        small = _round_small(magnitude, source, fmt, drop)
         value = torch.where(magnitude < field << source.mantissa_bits, small, value)
 
     largest = fmt.max if saturate else math.inf if fmt.has_infinity else math.nan
@@ -156,13 +156,13 @@ def _round_small(
     the leading 1 is missing and the exponent is that of e = 1.
     """
     mantissa_bits = source.mantissa_bits
-    exponent = (magnitude >> mantissa_bits).long()
-    mantissa = magnitude.long() & _below(mantissa_bits)
-    significand = mantissa | ((exponent > 0).long() << mantissa_bits)
+    exponent = magnitude >> mantissa_bits
+    leading_one = exponent.clamp(max=1) << mantissa_bits
+    significand = magnitude & _below(mantissa_bits) | leading_one
     below_normal = fmt.min_exponent + source.bias - exponent.clamp(min=1)
     shift = mantissa_bits - fmt.mantissa_bits + below_normal.clamp(min=0)
     steps = drop(significand, shift)
-    return steps.to(torch.float64) * fmt.smallest_subnormal
+    return steps.to(dtype_of(source)) * fmt.smallest_subnormal
 
 
 def _drop_nearest(integers: torch.Tensor, shift: torch.Tensor | int) -> torch.Tensor:
@@ -173,7 +173,8 @@ def _drop_nearest(integers: torch.Tensor, shift: torch.Tensor | int) -> torch.Te
     +  0 000L     the last bit kept, which makes an odd L even
     """
     if isinstance(shift, torch.Tensor):
-        shift = shift.clamp(max=_RANDOM_BITS)  # 2^62 is beyond twice any significand
+        # far enough to leave nothing of a significand, and no overflow of the sum
+        shift = shift.clamp(max=torch.iinfo(integers.dtype).bits - 2)
     one = integers.new_tensor(1)
     half_less_one = (one << (shift - 1)) - 1
     last_kept = (integers >> shift) & 1
@@ -193,6 +194,7 @@ def _drop_stochastic(
     if isinstance(shift, int):
         return (integers + _random_below(1 << shift, integers, generator)) >> shift
     # each element has its own shift: stretch the dropped bits to the random number's
+    integers, shift = integers.long(), shift.long()
     within = shift.clamp(max=_RANDOM_BITS)
     beyond = (shift - _RANDOM_BITS).clamp(0, _RANDOM_BITS)
     dropped = integers & ((torch.ones_like(integers) << within) - 1)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from castwise.errors import PolicyError, UnmatchedRuleError
@@ -109,7 +111,7 @@ def test_a_rule_that_names_no_module_is_an_error(
     )
     with pytest.raises(UnmatchedRuleError) as caught:
         policy.bind(FACTS)
-    assert "rule 2 of mixed" in str(caught.value)
+    assert re.match(r"test_bound\.py:\d+: rule \[", str(caught.value))
     assert near in str(caught.value)
 
 
@@ -174,5 +176,5 @@ def test_explain_op_names_the_rule_or_the_entry_of_the_table() -> None:
     bound = policy.bind(FACTS)
     assert "exp: as_is" in bound.explain_op("exp")
     assert "its input is below 1" in bound.explain_op("exp")
-    assert "rule 1 of mixed" in bound.explain_op("exp")
+    assert "test_bound.py:" in bound.explain_op("exp")
     assert bound.explain_op("softmax").startswith("softmax: fp32")

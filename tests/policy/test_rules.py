@@ -19,9 +19,9 @@ def test_a_policy_is_built_in_python_and_never_changed() -> None:
     )
     said = [(rule.phase, rule.module, rule.value) for rule in policy.rules]
     assert said == [
+        (None, "*.propagator", "fp32"),  # an island holds in every phase
         ("predict", None, "fp16"),  # in the place of the preset's own
         ("correct", None, "c=bf16"),
-        (None, "*.propagator", "fp32"),
     ]
     assert policy.loss_scale == "static:1024"
     assert preset("default").rules[0].value == "c=bf16,o=bf16"
@@ -32,6 +32,27 @@ def test_a_precision_may_be_given_as_text_or_as_itself() -> None:
     text = MIXED.with_rule(module="a", precision="c=fp32")
     value = MIXED.with_rule(module="a", precision=Precision(compute="fp32"))
     assert text == value
+
+
+def test_an_added_rule_comes_last_among_its_kind() -> None:
+    """Rules on modules keep their order and stand before the last ones on phases."""
+    policy = (
+        MIXED.with_phase_precision("predict", "fp16")
+        .with_rule(op="exp", precision="c=fp32")
+        .with_rule(module="a", precision="fp32")
+        .with_rule(stage="update", precision="fp64")
+        .with_rule(type="B", precision="fp32")
+    )
+    kinds = [rule.module or rule.type or rule.op or rule.stage for rule in policy.rules]
+    assert kinds == ["a", "B", None, "exp", "update"]
+
+
+def test_two_rules_from_python_contradict_with_both_lines() -> None:
+    """The place of a rule that is built in Python is the line that built it."""
+    policy = MIXED.with_rule(module="a", precision="fp32")
+    with pytest.raises(RuleError) as caught:
+        policy.with_rule(module="a", precision="bf16")
+    assert str(caught.value).count("test_rules.py:") == 2
 
 
 @pytest.mark.parametrize("phase", ["eval", ""])
@@ -105,7 +126,9 @@ def test_op_rules_are_laid_over_the_operator_table_first_one_on_top() -> None:
 def test_an_op_rule_gives_fp32_or_the_low_format_of_the_modules(compute: str) -> None:
     """A table has one low format; anything else needs a rule on the module."""
     policy = MIXED.with_rule(op="softmax", precision=f"c={compute}")
-    with pytest.raises(RuleError, match=r"rule 1 of mixed.*\(bf16\).*category: low"):
+    with pytest.raises(
+        RuleError, match=r"test_rules\.py:\d+: .*\(bf16\).*category: low"
+    ):
         policy.operator_table()
 
 

@@ -14,6 +14,7 @@ two rules with the same keys and different values. A policy only says;
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -126,7 +127,11 @@ class Policy:
         category: Category | None = None,
         because: str = "",
     ) -> Policy:
-        """Return a policy with one more rule, which the rules before it precede."""
+        """Return a policy with one more rule, which comes after the others.
+
+        A rule on modules comes before the rules on phases and stages alone that stand
+        last, so that an island added to a preset holds in every phase.
+        """
         rule = Rule(
             module=module,
             type=type,
@@ -137,9 +142,12 @@ class Policy:
             precision=_precision(precision),
             category=category,
             because=because,
-            where=f"rule {len(self.rules) + 1} of {self.name}",
+            where=_caller(),
         )
-        return replace(self, rules=(*self.rules, rule))
+        at = len(self.rules)
+        while rule.looks_at_modules and at and not self.rules[at - 1].looks_at_modules:
+            at -= 1
+        return replace(self, rules=(*self.rules[:at], rule, *self.rules[at:]))
 
     def with_phase_precision(
         self, phase: str, precision: Precision | str, *, because: str = ""
@@ -152,7 +160,7 @@ class Policy:
             phase=phase,
             precision=_precision(precision),
             because=because,
-            where=f"phase {phase} of {self.name}",
+            where=_caller(),
         )
         if all(rule.keys != new.keys for rule in self.rules):
             return replace(self, rules=(*self.rules, new))
@@ -245,6 +253,12 @@ _LOW = ("bf16", "fp16")  # what a region of autocast can be low in
 
 def _precision(value: Precision | str) -> Precision:
     return Precision.parse(value) if isinstance(value, str) else value
+
+
+def _caller() -> str:
+    """Return file and line of whoever called the method that calls this."""
+    frame = sys._getframe(2)  # noqa: SLF001 -- CPython's documented way
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
 
 
 def _narrow_range(precision: Precision) -> str | None:
