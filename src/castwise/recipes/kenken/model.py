@@ -1,0 +1,342 @@
+"""A transformer that completes Latin squares and solves KenKen puzzles.
+
+A puzzle is a sequence of L = n * n cells. The state of a cell is one vector of c
+channels for each of its n ranks, so that what holds for one rank is learned for all:
+
+    state  [B, L, n, c]
+
+A block mixes in four ways and then runs one MLP on every rank of every cell:
+
+    row, column   attention heads that see the cells of the same row alone, and the same
+                  heads once more for the column; the MLP is told their sum and their
+                  absolute difference, which transposing the puzzle does not change
+    cage          heads that see the other cells of the same cage alone; their values
+                  first pass through the clue: rank d hears of the ranks e that may
+                  accompany it (`relations.partner`)
+    cell          the mean over the ranks of the cell itself
+
+One attention weight serves all ranks of a cell: query and key are as long as its whole
+state. The blocks are few and run `num_loops` times; each loop ends in logits, and the
+loss is the mean over loops, so a solver may loop longer than it was trained to.
+
+The model sees relations, never positions: permuting rows or columns or transposing the
+puzzle permutes its logits in the same way. Alphabets enter through the tokens (which
+rank a hint is) and the clues alone, so Latin squares look the same in every mode. No
+cast is written here; the precision policy decides every format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from castwise.errors import SettingsError
+from castwise.recipes.kenken.alphabets import EMPTY, MAX_SIZE
+
+if TYPE_CHECKING:
+    from castwise.recipes.kenken.batches import PuzzleBatch
+    from castwise.recipes.kenken.relations import Relations
+
+_NUM_FEATURES = 11
+_NUM_OPERATIONS = 6
+_MOST_MATES = 8
+_FORBIDDEN = -1e4  # finite, and within fp16: a row of it alone is uniform, never NaN
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSettings:
+    """The shape of a model."""
+
+    num_channels: int
+    """Channels of each rank of each cell (c)."""
+
+    num_heads: int
+    """Heads for lines (rows and columns alike), and as many for cages."""
+
+    key_channels: int
+    """Channels of query and key for each rank and head."""
+
+    value_channels: int
+    """Channels of the value for each rank and head."""
+
+    num_blocks: int
+    """Blocks with weights of their own."""
+
+    num_loops: int
+    """How often the blocks run."""
+
+    mlp_ratio: int = 4
+    """Width of the hidden layer in units of num_channels."""
+
+    recompute: bool = False
+    """Keep only each block's input for the backward pass and run the block again."""
+
+    def __post_init__(self) -> None:
+        """Refuse a shape that is none.
+
+        Raises:
+            SettingsError: Naming the setting.
+        """
+        for name in self.__slots__:
+            value = getattr(self, name)
+            if not isinstance(value, bool) and value < 1:
+                raise SettingsError(
+                    f"{name} of a KenKen model must be at least 1; got {value}."
+                )
+
+
+MODELS: Mapping[str, ModelSettings] = {
+    "tiny": ModelSettings(
+        num_channels=12,
+        num_heads=2,
+        key_channels=2,
+        value_channels=4,
+        num_blocks=1,
+        num_loops=3,
+    ),
+    "small": ModelSettings(
+        num_channels=24,
+        num_heads=2,
+        key_channels=4,
+        value_channels=8,
+        num_blocks=2,
+        num_loops=4,
+    ),
+    "base": ModelSettings(
+        num_channels=64,
+        num_heads=4,
+        key_channels=8,
+        value_channels=16,
+        num_blocks=2,
+        num_loops=8,
+        recompute=True,
+    ),
+}
+"""Shapes by name: `tiny` for tests, `small` for two CPU cores, `base` for a GPU."""
+
+
+def model_settings(name: str) -> ModelSettings:
+    """Look a shape up by its name.
+
+    Raises:
+        SettingsError: If there is none of this name.
+    """
+    if name not in MODELS:
+        raise SettingsError(
+            f"a KenKen model is one of {', '.join(MODELS)}; got {name!r}; use one of "
+            "these names."
+        )
+    return MODELS[name]
+
+
+class KenKenModel(nn.Module):
+    """From what stands in the cells, and what the clues say, to logits of ranks."""
+
+    def __init__(self, settings: ModelSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        width = settings.num_channels
+        self.features = nn.Linear(_NUM_FEATURES, width)
+        self.size = nn.Embedding(MAX_SIZE + 1, width)
+        self.operation = nn.Embedding(_NUM_OPERATIONS, width)
+        self.mates = nn.Embedding(_MOST_MATES + 1, width)
+        self.blocks = nn.ModuleList(Block(settings) for _ in range(settings.num_blocks))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        alphabet: Tensor,
+        relations: Relations,
+        num_loops: int | None = None,
+    ) -> Tensor:
+        """Rate every rank of every cell after each loop.
+
+        Args:
+            tokens: int64 [B, L], what stands in the cells; EMPTY where hidden.
+            alphabet: int64 [B, n], token of each rank.
+            relations: What the clues say.
+            num_loops: How often the blocks run. Default: as in training.
+
+        Returns:
+            [num_loops, B, L, n] logits; hidden cells are what the loss looks at.
+        """
+        size = alphabet.shape[1]
+        state = self._read(tokens, alphabet, relations)
+        allowed = _lines(size, relations.mates)
+        logits = []
+        for _ in range(num_loops or self.settings.num_loops):
+            for block in self.blocks:
+                if self.settings.recompute and torch.is_grad_enabled():
+                    state = checkpoint(
+                        block, state, relations.partner, allowed, use_reentrant=False
+                    )
+                else:
+                    state = block(state, relations.partner, allowed)
+            logits.append(self.head(self.norm(state)).squeeze(-1))
+        return torch.stack(logits)
+
+    def _read(self, tokens: Tensor, alphabet: Tensor, relations: Relations) -> Tensor:
+        """Turn cells and clues into the first state, [B, L, n, c]."""
+        size = alphabet.shape[1]
+        cages = self.operation(relations.operations)
+        cages = cages + self.mates(relations.num_mates.clamp(max=_MOST_MATES))
+        cages = cages[:, :, None] + self.size.weight[size]
+        state: Tensor = cages + self.features(_features(tokens, alphabet, relations))
+        return state
+
+
+def _features(tokens: Tensor, alphabet: Tensor, relations: Relations) -> Tensor:
+    """List what is known of every rank of every cell, fp32 [B, L, n, 11]."""
+    size = alphabet.shape[1]
+    support = relations.support
+    hidden = (tokens == EMPTY)[:, :, None].expand_as(support)
+    shown = tokens[:, :, None] == alphabet[:, None, :]
+    cells = (relations.num_mates + 1)[:, :, None]
+    rank = torch.arange(size, device=tokens.device)
+    return torch.stack(
+        [
+            hidden.to(support.dtype),
+            shown.to(support.dtype),
+            (~hidden & ~shown).to(support.dtype),
+            support,
+            (support > 0).to(support.dtype),
+            (support * cells).clamp(max=1.5),
+            (support * size).clamp(max=4) / 2,
+            relations.partner.diagonal(dim1=2, dim2=3) * support * size,
+            (rank / size).to(support.dtype).expand_as(support),
+            (rank % 2).to(support.dtype).expand_as(support),
+            torch.full_like(support, 1 / size),
+        ],
+        dim=-1,
+    )
+
+
+def _lines(size: int, mates: Tensor) -> Tensor:
+    """Say who sees whom in rows, columns and cages: bool [B, 3, L, L].
+
+    A cell without mates sees itself, where its clue passes nothing on.
+    """
+    cell = torch.arange(size * size, device=mates.device)
+    same_row = cell[:, None] // size == cell // size
+    same_column = cell[:, None] % size == cell % size
+    alone = ~mates.any(dim=-1, keepdim=True) & (cell[:, None] == cell)
+    lines = (same_row.expand_as(mates), same_column.expand_as(mates), mates | alone)
+    return torch.stack(lines, dim=1)
+
+
+class Block(nn.Module):
+    """Attention along rows, columns and cages, and an MLP; one residual sum."""
+
+    def __init__(self, settings: ModelSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        width, heads = settings.num_channels, settings.num_heads
+        line = heads * settings.value_channels
+        hidden = settings.mlp_ratio * width
+        self.norm = nn.LayerNorm(width)
+        self.query_key = nn.Linear(width, 2 * 2 * heads * settings.key_channels)
+        self.value = nn.Linear(width, 3 * line)  # for lines, cages and the cell itself
+        self.up = nn.Linear(width + 4 * line, hidden)
+        self.down = nn.Linear(hidden, width)
+        nn.init.zeros_(self.down.weight)
+        nn.init.zeros_(self.down.bias)
+
+    def forward(self, state: Tensor, partner: Tensor, allowed: Tensor) -> Tensor:
+        """Run the block.
+
+        Args:
+            state: [B, L, n, c].
+            partner: [B, L, n, n], what accompanies what in the cell's cage.
+            allowed: bool [B, 3, L, L], who sees whom in rows, columns and cages.
+
+        Returns:
+            The new state, [B, L, n, c].
+        """
+        normed = self.norm(state)
+        values = functional.relu(self.value(normed)).square()
+        line, cage, cell = values.chunk(3, dim=-1)
+        row, column, cage = self._attend(
+            normed, line, torch.matmul(partner, cage), allowed
+        )
+        cell = cell.mean(dim=2, keepdim=True).expand_as(cell)
+        joined = [normed, row + column, (row - column).abs(), cage, cell]
+        hidden = functional.relu(self.up(torch.cat(joined, dim=-1))).square()
+        change: Tensor = self.down(hidden)
+        return state + change
+
+    def _attend(
+        self, normed: Tensor, line: Tensor, cage: Tensor, allowed: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Hear the cells of the row, the column and the cage, [B, L, n, H * v] each."""
+        scores = self._scores(normed)
+        allowed = allowed[:, :, None]
+        row, column = (
+            scores[:, 0].masked_fill(~allowed[:, i], _FORBIDDEN).softmax(dim=-1)
+            for i in range(2)
+        )
+        mates = scores[:, 1].masked_fill(~allowed[:, 2], _FORBIDDEN).softmax(dim=-1)
+        lines = torch.matmul(torch.cat([row, column], dim=2), self._by_head(line))
+        heard_row, heard_column = lines.chunk(2, dim=2)
+        heard_cage = torch.matmul(mates, self._by_head(cage))
+        size = normed.shape[2]
+        return (
+            _by_cell(heard_row, size),
+            _by_cell(heard_column, size),
+            _by_cell(heard_cage, size),
+        )
+
+    def _scores(self, normed: Tensor) -> Tensor:
+        """Compare cells, for line heads and for cage heads: [B, 2, H, L, L]."""
+        batch, length, size, _ = normed.shape
+        heads, channels = self.settings.num_heads, self.settings.key_channels
+        width = size * channels
+        both = self.query_key(normed).view(batch, length, size, 2, 2 * heads, channels)
+        query, key = both.permute(3, 0, 4, 1, 2, 5).reshape(
+            2, batch, 2 * heads, length, width
+        )
+        scores: Tensor = torch.matmul(query, key.transpose(-1, -2)) * width**-0.5
+        return scores.view(batch, 2, heads, length, length)
+
+    def _by_head(self, values: Tensor) -> Tensor:
+        """Turn [B, L, n, H * v] into [B, H, L, n * v]."""
+        batch, length, size, _ = values.shape
+        heads = self.settings.num_heads
+        split = values.view(batch, length, size, heads, -1).permute(0, 3, 1, 2, 4)
+        return split.reshape(batch, heads, length, -1)
+
+
+def _by_cell(heard: Tensor, size: int) -> Tensor:
+    """Turn [B, H, L, n * v] into [B, L, n, H * v]."""
+    batch, heads, length, _ = heard.shape
+    split = heard.view(batch, heads, length, size, -1).permute(0, 2, 3, 1, 4)
+    cells: Tensor = split.reshape(batch, length, size, -1)
+    return cells
+
+
+def completion_loss(logits: Tensor, batch: PuzzleBatch) -> Tensor:
+    """Average the cross-entropy over hidden cells and loops.
+
+    Args:
+        logits: [R, B, L, n] of every loop.
+        batch: The puzzles, with their answers.
+
+    Returns:
+        A scalar, in nats per hidden cell.
+    """
+    wanted = batch.answers.masked_fill(~batch.hidden, -100)
+    wanted = wanted.expand(logits.shape[:-1]).reshape(-1)
+    total = functional.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]), wanted, ignore_index=-100, reduction="sum"
+    )
+    mean: Tensor = total / (wanted != -100).sum().clamp(min=1)
+    return mean
