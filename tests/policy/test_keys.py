@@ -93,6 +93,10 @@ def test_stage_and_phase_limit_when_a_rule_holds() -> None:
         ({"op": "softmax", "category": "hi"}, "low, fp32, widest, as_is"),
         ({"op": "softmax", "category": "low"}, "got both"),
         (
+            {"op": "softmax", "precision": Precision.parse("c=fp32,o=bf16")},
+            "an operator only computes; write c=",
+        ),
+        (
             {"stage": "backward", "precision": Precision.parse("p=fp64,c=fp64")},
             "leave out p=fp64",
         ),

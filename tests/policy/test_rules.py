@@ -152,6 +152,11 @@ def test_an_op_rule_gives_fp32_or_the_low_format_of_the_modules(compute: str) ->
             "none",
             "fp32",
         ),
+        (
+            MIXED.with_rule(module="a", stage="update", precision="c=fp16"),
+            "none",
+            "fp32",
+        ),
         (preset("16-mixed").with_loss_scale("none"), "none", "says so"),
         (MIXED.with_loss_scale("static:1024"), "static:1024", "says so"),
     ],

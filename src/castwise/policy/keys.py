@@ -156,6 +156,10 @@ class Rule:
         """Whether the rule is in force in this stage and phase."""
         return self.stage in (None, stage) and self.phase in (None, phase)
 
+    def meets_backward(self, phase: str) -> bool:
+        """Whether gradients of this phase pass through what the rule decides."""
+        return self.phase in (None, phase) and self.stage != "update"
+
     def names(self, facts: ModuleFacts) -> bool:
         """Whether the module itself matches every key that looks at modules."""
         return (
@@ -245,6 +249,11 @@ def _check_value(rule: Rule) -> None:
     if rule.category is not None and rule.precision != SURROUNDINGS:
         raise RuleError(
             f"{rule.label}: needs a precision or a category, got both; leave one out"
+        )
+    alone = Precision(compute=rule.precision.compute)
+    if rule.precision != alone and not rule.precision.is_uniform:
+        raise RuleError(
+            f"{rule.label}: an operator only computes; write c=, got {rule.precision}"
         )
 
 

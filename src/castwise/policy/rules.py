@@ -214,7 +214,7 @@ class Policy:
         if self.loss_scale is not None:
             return Decision(self.loss_scale, f"{self.where or self.name} says so")
         for phase in PHASES_WITH_BACKWARD:
-            rules = [rule for rule in self.rules if rule.phase in (None, phase)]
+            rules = (rule for rule in self.rules if rule.meets_backward(phase))
             asked = [self.base_precision(phase=phase), *(r.precision for r in rules)]
             for precision in asked:
                 narrow = _narrow_range(precision)
