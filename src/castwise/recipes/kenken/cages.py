@@ -44,6 +44,21 @@ def _draw_size(state: NDArray[np.uint64]) -> int:
 
 
 @kernel
+def _number_in_reading_order(cage_of: NDArray[np.int64], num_cages: int) -> None:
+    """Renumber the cages by their first cells."""
+    n = cage_of.shape[0]
+    number = np.full(num_cages, -1, dtype=np.int64)
+    used = 0
+    for r in range(n):
+        for c in range(n):
+            cage = cage_of[r, c]
+            if number[cage] < 0:
+                number[cage] = used
+                used += 1
+            cage_of[r, c] = number[cage]
+
+
+@kernel
 def grow_cages(n: int, state: NDArray[np.uint64], cage_of: NDArray[np.int64]) -> int:
     """Divide the grid into random cages.
 
@@ -82,6 +97,7 @@ def grow_cages(n: int, state: NDArray[np.uint64], cage_of: NDArray[np.int64]) ->
             cage_of[chosen // n, chosen % n] = num_cages
             size += 1
         num_cages += 1
+    _number_in_reading_order(cage_of, num_cages)
     return num_cages
 
 
@@ -110,7 +126,7 @@ def _pair_clue(a: int, b: int, state: NDArray[np.uint64]) -> tuple[int, int]:
 
 
 @kernel
-def write_clues(  # noqa: PLR0917 -- a kernel takes its arrays one by one
+def write_clues(
     cage_of: NDArray[np.int64],
     num_cages: int,
     square: NDArray[np.uint8],
@@ -155,7 +171,7 @@ def write_clues(  # noqa: PLR0917 -- a kernel takes its arrays one by one
 
 
 @kernel
-def make_unique(  # noqa: PLR0917 -- a kernel takes its arrays one by one
+def make_unique(
     alphabet: NDArray[np.int64],
     squares: NDArray[np.uint8],
     key: np.uint64,

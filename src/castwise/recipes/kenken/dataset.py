@@ -279,7 +279,7 @@ def _fresh(batch: _Batch, seen: set[int], wanted: int) -> NDArray[np.int64]:
     return np.array(rows, dtype=np.int64)
 
 
-def open_puzzle_set(  # noqa: PLR0917 -- as generate_puzzle_set, behind a folder
+def open_puzzle_set(
     folder: Path,
     size: int,
     mode: Mode,

@@ -170,7 +170,7 @@ def search(  # noqa: C901 -- one loop down and up the tree; kernels do not recur
 
 
 @kernel
-def _solve_chunk(  # noqa: PLR0917 -- a kernel takes its arrays one by one
+def _solve_chunk(
     alphabet: NDArray[np.int64],
     cage_id: NDArray[np.uint8],
     cage_op: NDArray[np.uint8],
