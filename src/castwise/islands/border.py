@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from castwise.dtypes import dtype_of
-from castwise.islands.crossing import cast_tensor, cast_values, tensors_in
+from castwise.islands.crossing import Crossing, cast_tensor, tensors_in
 from castwise.islands.products import BackwardHold, Products, ProductsHold
 from castwise.islands.swap import island_of
 
@@ -58,17 +58,17 @@ class Border:
     ) -> Any:
         """Cast in, run the module's own forward inside, cast out."""
         dtype = _dtype_inside(self.compute)
-        inside_args, inside_kwargs = cast_values((args, kwargs), dtype)
+        inward = Crossing(dtype)
+        args = tuple(map(inward.values, args))
+        kwargs = {name: inward.values(value) for name, value in kwargs.items()}
         with self._weights(module, dtype), self._operators():
             if self._products is None or torch.compiler.is_compiling():
-                outputs = forward(module, *inside_args, **inside_kwargs)
+                outputs = forward(module, *args, **kwargs)
             else:
                 with ProductsHold(self.device_type, self._products):
-                    outputs = forward(module, *inside_args, **inside_kwargs)
-                self._hold_backward(
-                    (args, kwargs), (inside_args, inside_kwargs), outputs
-                )
-        return cast_values(outputs, dtype_of(self.output))
+                    outputs = forward(module, *args, **kwargs)
+                self._hold_backward(inward.made, outputs)
+        return Crossing(dtype_of(self.output)).values(outputs)
 
     @property
     def _products(self) -> Products | None:
@@ -88,17 +88,15 @@ class Border:
             return _NOTHING
         return _borrowed_weights(list(_inhabitants(module)), dtype)
 
-    def _hold_backward(self, given: Any, inside: Any, outputs: Any) -> None:
+    def _hold_backward(self, cast: Sequence[torch.Tensor], outputs: Any) -> None:
         assert self._products is not None
         if not torch.is_grad_enabled():
             return
         hold = BackwardHold(self.device_type, self._products)
         for output in tensors_in(outputs):
             hold.enter_at(output)
-        outside = {id(tensor) for tensor in tensors_in(given)}
-        for tensor in tensors_in(inside):
-            if id(tensor) not in outside:
-                hold.leave_at(tensor)
+        for tensor in cast:
+            hold.leave_at(tensor)
 
 
 class PhaseNow:

@@ -13,13 +13,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
+_PLAIN = (bool, int, float, str, bytes, type(None))  # hold no tensor, and are met often
 _COMPLEX = {torch.float64: torch.complex128}
 
 
@@ -37,53 +35,75 @@ def cast_tensor(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor
 
 
-def cast_values(value: Any, dtype: torch.dtype) -> Any:
-    """Cast every floating tensor in `value`, wherever it stands."""
-    if torch.compiler.is_compiling():  # a graph has no use for object identities
-        return _walk(value, lambda tensor: cast_tensor(tensor, dtype), None)
-    return _walk(value, lambda tensor: cast_tensor(tensor, dtype), {})
+class Crossing:
+    """Casts what crosses a border in one direction, and remembers it.
+
+    Args:
+        dtype: What floating tensors become.
+    """
+
+    __slots__ = ("_dtype", "_seen", "made")
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        # what was met, by identity, and what it became; a graph knows no identities
+        self._seen: dict[int, Any] | None = (
+            None if torch.compiler.is_compiling() else {}
+        )
+        self.made: list[torch.Tensor] = []
+        """Tensors that had to be cast, as they are now."""
+
+    def values(self, value: Any) -> Any:
+        """Cast every floating tensor in `value`, wherever it stands."""
+        if isinstance(value, torch.Tensor):
+            return self._tensor(value)
+        if isinstance(value, _PLAIN):
+            return value
+        seen = self._seen
+        if seen is not None and id(value) in seen:
+            return seen[id(value)]
+        parts = _parts(value)
+        if parts is None:
+            return value
+        if seen is not None:
+            seen[id(value)] = value  # a container inside itself passes as it is
+        changed = {}
+        for key, part in parts.items():
+            new = self.values(part)
+            if new is not part:
+                changed[key] = new
+        result = _rebuilt(value, parts, changed) if changed else value
+        if seen is not None:
+            seen[id(value)] = result
+        return result
+
+    def _tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dtype is self._dtype:
+            return tensor
+        seen = self._seen
+        if seen is not None and id(tensor) in seen:
+            found: torch.Tensor = seen[id(tensor)]
+            return found
+        cast = cast_tensor(tensor, self._dtype)
+        if cast is not tensor:
+            self.made.append(cast)
+        if seen is not None:
+            seen[id(tensor)] = cast
+        return cast
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:
     """List the tensors in `value` that a cast would find."""
     found: list[torch.Tensor] = []
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        found.append(tensor)
-        return tensor
-
-    _walk(value, note, {})
+    pending, met = [value], set()
+    while pending:
+        each = pending.pop()
+        if isinstance(each, torch.Tensor):
+            found.append(each)
+        elif not isinstance(each, _PLAIN) and id(each) not in met:
+            met.add(id(each))
+            pending.extend((_parts(each) or {}).values())
     return found
-
-
-def _walk(
-    value: Any,
-    change: Callable[[torch.Tensor], torch.Tensor],
-    seen: dict[int, Any] | None,
-) -> Any:
-    """Apply `change` to every tensor; `seen` maps what was met to what it became."""
-    if isinstance(value, torch.Tensor):
-        if seen is None:
-            return change(value)
-        if id(value) not in seen:
-            seen[id(value)] = change(value)
-        return seen[id(value)]
-    parts = _parts(value)
-    if parts is None:
-        return value
-    if seen is not None:
-        if id(value) in seen:
-            return seen[id(value)]
-        seen[id(value)] = value  # a container inside itself passes as it is
-    changed = {}
-    for key, part in parts.items():
-        new = _walk(part, change, seen)
-        if new is not part:
-            changed[key] = new
-    result = _rebuilt(value, parts, changed) if changed else value
-    if seen is not None:
-        seen[id(value)] = result
-    return result
 
 
 def _parts(value: Any) -> dict[Any, Any] | None:

@@ -34,6 +34,62 @@ Products = Literal["ieee", "tf32"]
 
 _backends: Any = torch.backends  # its submodules carry no types
 
+
+class _CublasSwitch:
+    """The switch of CUDA's products, old and new name together.
+
+    Written under the new name alone, PyTorch would refuse to read the old one, which
+    kernels and the guards of compiled code do.
+    """
+
+    @property
+    def fp32_precision(self) -> str:
+        """What it is, under the new name."""
+        value: str = _backends.cuda.matmul.fp32_precision
+        return value
+
+    @fp32_precision.setter
+    def fp32_precision(self, value: str) -> None:
+        medium = self._was_medium()
+        _backends.cuda.matmul.allow_tf32 = value == "tf32"
+        if medium:
+            self._held_medium = True
+        elif value == "tf32" and self._held_medium:
+            self._held_medium = False
+            on_cpu = _backends.mkldnn.matmul.fp32_precision
+            torch.set_float32_matmul_precision("medium")  # noqa: TID251 -- puts back what the user chose
+            _backends.mkldnn.matmul.fp32_precision = on_cpu
+        _backends.cuda.matmul.fp32_precision = value
+
+    _held_medium = False
+
+    @staticmethod
+    def _was_medium() -> bool:
+        try:
+            return torch.get_float32_matmul_precision() == "medium"
+        except RuntimeError:  # the old and the new name disagree
+            return False
+
+
+class _CudnnSwitch:
+    """A switch of cuDNN, old and new name together; the old one is for both of them."""
+
+    def __init__(self, switch: Any) -> None:
+        self._switch = switch
+
+    @property
+    def fp32_precision(self) -> str:
+        """What it is, under the new name."""
+        value: str = self._switch.fp32_precision
+        return value
+
+    @fp32_precision.setter
+    def fp32_precision(self, value: str) -> None:
+        if self._switch is _backends.cudnn.conv:  # written first
+            _backends.cudnn.allow_tf32 = value == "tf32"
+        self._switch.fp32_precision = value
+
+
 # device type -> the switches of matrix products, convolutions and recurrent layers,
 # each with the switch it inherits from while it is itself "none"
 _SWITCHES: dict[str, tuple[tuple[Any, Any], ...]] = {
@@ -46,11 +102,13 @@ _SWITCHES: dict[str, tuple[tuple[Any, Any], ...]] = {
         )
     ),
     "cuda": (
-        (_backends.cuda.matmul, _backends),
-        (_backends.cudnn.conv, _backends.cudnn),
-        (_backends.cudnn.rnn, _backends.cudnn),
+        (_CublasSwitch(), _backends),
+        (_CudnnSwitch(_backends.cudnn.conv), _backends.cudnn),
+        (_CudnnSwitch(_backends.cudnn.rnn), _backends.cudnn),
     ),
 }
+
+_IEEE = ("ieee", "none")
 
 _lock = threading.RLock()
 _tickets = itertools.count()
@@ -61,6 +119,14 @@ _before: dict[str, list[str]] = {}
 def products_now(device_type: str) -> tuple[str, ...]:
     """Read the switches of matrix products, convolutions and recurrent layers."""
     return tuple(switch.fp32_precision for switch, _ in _SWITCHES.get(device_type, ()))
+
+
+def _are_ieee(device_type: str) -> bool:
+    """Whether there is nothing to hold; unset, only cuDNN may round its inputs."""
+    return all(
+        switch.fp32_precision in (("ieee",) if parent is _backends.cudnn else _IEEE)
+        for switch, parent in _SWITCHES[device_type]
+    )
 
 
 def _own_values(device_type: str) -> list[str]:
@@ -88,6 +154,8 @@ class ProductsHold:
         self._ticket = next(_tickets)
         active = _active.get(device_type)
         if active is None:  # a device without such switches
+            return
+        if not active and products == "ieee" and _are_ieee(device_type):
             return
         with _lock:
             if not active:

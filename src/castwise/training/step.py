@@ -221,6 +221,7 @@ class Run:
         self._asked, self._fallbacks = asked, fallbacks
         self._loss_scale_decision = loss_scale_decision
         self._open_step: Step | None = None
+        self._names: dict[torch.Tensor, str] = {}
 
     @property
     def applied(self) -> AppliedPolicy:
@@ -300,12 +301,19 @@ class Run:
 
     def parameters(self) -> dict[str, torch.Tensor]:
         """The optimizer's parameters by name; by place if they are not the model's."""
-        names = {weight: name for name, weight in self.model.named_parameters()}
         return {
-            names.get(weight, f"param_groups[{at}]['params'][{place}]"): weight
+            self._name_of(weight, f"param_groups[{at}]['params'][{place}]"): weight
             for at, group in enumerate(self.optimizer.param_groups)
             for place, weight in enumerate(group["params"])
         }
+
+    def _name_of(self, weight: torch.Tensor, place: str) -> str:
+        """Look a name up; the model is walked only when a parameter is new."""
+        if weight not in self._names:
+            named = self.model.named_parameters()
+            self._names = {weight: name for name, weight in named}
+            self._names.setdefault(weight, place)
+        return self._names[weight]
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """The gradients that the optimizer would step by, by parameter name."""
