@@ -82,13 +82,12 @@ def sweep(
     fmt: str,
     num_samples: int,
     cases: Iterable[str] = CASES,
+    regions: Iterable[str] = REGIONS,
     in_place: bool = False,
-    seen: Callable[[str], None] = lambda _name: None,
 ) -> dict[str, dict[str, Tally]]:
     """Run every operator; returns case -> region -> tally."""
-    found = {case: {region: Tally() for region in REGIONS} for case in cases}
+    found = {case: {region: Tally() for region in regions} for case in cases}
     for info in infos:
-        seen(info.formatted_name)
         op = info.inplace_variant if in_place else info.op
         if op is None:
             continue

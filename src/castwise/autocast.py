@@ -257,7 +257,7 @@ class _Switchboard:
         kernel = self._kernels.get((device_type, _name_of(op)))
         if kernel is None:
             native = _native_category(op, name, device_type)
-            if category == (native or "as_is") and name not in BATCH_NORMS:
+            if _suffices(native, category) and name not in BATCH_NORMS:
                 return
             if native is None and not needs_kernel(op, category):
                 return
@@ -374,6 +374,11 @@ def _overloads(name: str) -> tuple[OpOverload, ...]:
     overloads = [getattr(packet, overload) for overload in packet.overloads()]
     # Overloads of TorchScript alone, such as einsum.sublist, take no kernel.
     return tuple(op for op in overloads if torch._C._dispatch_has_kernel(_name_of(op)))  # noqa: SLF001 -- no public way to ask
+
+
+def _suffices(native: Category | None, category: Category) -> bool:
+    """Whether PyTorch's own kernel does; its widest refuses bf16 beside fp16."""
+    return category == (native or "as_is") and native != "widest"
 
 
 def _name_of(op: OpOverload) -> str:

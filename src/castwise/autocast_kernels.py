@@ -81,7 +81,15 @@ class OperatorKernel:
     there on its own: `native` is the category of PyTorch's kernel, or none.
     """
 
-    __slots__ = ("_autocast", "_device_type", "_in_force", "_native", "_op", "_run")
+    __slots__ = (
+        "_autocast",
+        "_below",
+        "_device_type",
+        "_in_force",
+        "_native",
+        "_op",
+        "_run",
+    )
 
     def __init__(
         self,
@@ -92,7 +100,8 @@ class OperatorKernel:
         in_force: Callable[[], bool],
     ) -> None:
         key = getattr(torch._C.DispatchKey, autocast_key(device_type))  # noqa: SLF001 -- dispatch keys have no public name
-        self._autocast = key
+        self._autocast = torch._C.DispatchKeySet(key)  # noqa: SLF001 -- as above
+        self._below = torch._C._dispatch_keyset_full_after(key)  # noqa: SLF001 -- as above
         self._op = op
         self._device_type = device_type
         self._in_force = in_force
@@ -107,9 +116,9 @@ class OperatorKernel:
         """Called by the dispatcher, which passes the keys still to be served."""
         run = self._run if self._in_force() else self._native
         if run is None:
-            return self._op.redispatch(keyset.remove(self._autocast), *args, **kwargs)
-        autocast = torch._C.DispatchKeySet(self._autocast)  # noqa: SLF001 -- as above
-        with torch._C._ExcludeDispatchKeyGuard(autocast):  # noqa: SLF001 -- operators inside this one are not cast again, as in PyTorch's own kernels
+            return self._op.redispatch(keyset & self._below, *args, **kwargs)
+        # Operators inside this one are not cast again, as in PyTorch's own kernels.
+        with torch._C._ExcludeDispatchKeyGuard(self._autocast):  # noqa: SLF001 -- as above
             return run(args, kwargs)
 
 
