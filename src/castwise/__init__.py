@@ -12,6 +12,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from castwise.decision import Decision as Decision
     from castwise.errors import CastwiseError as CastwiseError
+    from castwise.loss_scale import DynamicScale as DynamicScale
+    from castwise.loss_scale import NoScale as NoScale
+    from castwise.loss_scale import StaticScale as StaticScale
+    from castwise.policy import Policy as Policy
+    from castwise.policy import preset as preset
+    from castwise.training.step import Run as Run
+    from castwise.training.step import Skipped as Skipped
+    from castwise.training.step import Stepped as Stepped
+    from castwise.training.step import prepare as prepare
 
 __version__ = "0.1.0"
 
@@ -19,6 +28,15 @@ __version__ = "0.1.0"
 _ROOMS = {
     "CastwiseError": "castwise.errors",
     "Decision": "castwise.decision",
+    "DynamicScale": "castwise.loss_scale",
+    "NoScale": "castwise.loss_scale",
+    "Policy": "castwise.policy",
+    "Run": "castwise.training.step",
+    "Skipped": "castwise.training.step",
+    "StaticScale": "castwise.loss_scale",
+    "Stepped": "castwise.training.step",
+    "prepare": "castwise.training.step",
+    "preset": "castwise.policy",
 }
 
 __all__ = ["__version__", *sorted(_ROOMS)]  # noqa: PLE0604 -- the table is the list
