@@ -94,3 +94,7 @@ class DataError(CastwiseError):
 
 class MissingExtraError(CastwiseError):
     """An optional package is missing; the message names the extra that brings it."""
+
+
+class SolverError(CastwiseError):
+    """A solver cannot give the answer that was asked for, and will not guess one."""

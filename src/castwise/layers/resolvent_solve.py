@@ -1,0 +1,256 @@
+"""How the resolvent is computed: three tiers behind two functions, no autograd here.
+
+    kernel      real chains on the CPU: SIMD machine code (`resolvent_kernel`)
+    odd_even    everything else: plain torch vector steps, any device, complex chains
+    projective  rows that came out non-finite although their inputs are finite
+
+Gradients are analytic (dL/da, dL/dk, dL/dz of a holomorphic function); the caller
+conjugates them into PyTorch's convention.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from castwise.decision import Decision
+from castwise.layers.odd_even import diagonal_and_bonds, linear_scan
+from castwise.layers.projective import row_diagonal, row_gradient
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chain:
+    """A batch of chains, flattened: `d` `[B, N]`, `k` `[1 or B, N-1]`, `z` `[B]`."""
+
+    d: Tensor
+    """Diagonal, real or complex."""
+
+    k: Tensor
+    """Products of opposite off-diagonals, of the dtype of `d`."""
+
+    z: Tensor
+    """Where the resolvent is taken, complex128."""
+
+    causal: bool
+    """Whether nothing comes from the right."""
+
+    def a(self, wide: bool) -> Tensor:
+        """Compute d - z, in fp64 arithmetic when wide."""
+        shifted = self.d - self.z[:, None]
+        return shifted if wide else shifted.to(torch.complex64)
+
+    def row(self, index: int) -> tuple[list[complex], list[complex]]:
+        """Return a and k of one row as Python numbers."""
+        k = self.k[min(index, len(self.k) - 1)].to(torch.complex128)
+        a = self.d[index] - self.z[index]
+        return a.tolist(), k.tolist()
+
+
+class Gradient(NamedTuple):
+    """Analytic derivatives of the loss."""
+
+    site: Tensor
+    """By a, `[B, N]`; only its real part where d is real."""
+
+    bond: Tensor | None
+    """By k, `[B, N-1]` complex, when asked for."""
+
+    point: Tensor
+    """By z, `[B]` complex."""
+
+
+@functools.cache
+def kernel_available() -> Decision[bool]:
+    """Say whether the compiled kernel can be used here, and why not."""
+    try:
+        from castwise.layers import resolvent_kernel  # noqa: PLC0415 -- numba is slow
+    except ImportError as error:
+        return Decision(False, f"numba cannot be imported: {error}")
+    try:
+        resolvent_kernel.compiled()
+    except RuntimeError as error:  # no folder to keep machine code in
+        return Decision(False, f"numba cannot compile here: {error}")
+    return Decision(True, "numba compiles for this processor")
+
+
+def diagonal(chain: Chain, *, wide: bool) -> Tensor:
+    """Compute the diagonal `[B, N]`, complex128 when wide, else complex64."""
+    if _kernel_fits(chain):
+        out, broken = _kernel_forward(chain, wide)
+    else:
+        a = chain.a(wide)
+        out, bonds = diagonal_and_bonds(a, chain.k.to(a.dtype))
+        if chain.causal:
+            out = left_inverse(out, bonds)
+        broken = ~torch.isfinite(torch.view_as_real(out)).all(-1).all(-1)
+    if broken.any():
+        for row in broken_rows(chain, broken):
+            a_row, k_row = chain.row(row)
+            if chain.causal:
+                entries = [
+                    row_diagonal(a_row[: end + 1], k_row[:end])[-1]
+                    for end in range(len(a_row))
+                ]
+            else:
+                entries = row_diagonal(a_row, k_row)
+            out[row] = torch.tensor(entries, dtype=out.dtype)
+    return out
+
+
+def broken_rows(chain: Chain, broken: Tensor) -> list[int]:
+    """Return the broken rows whose inputs are finite: those a better tier can save."""
+    finite = torch.isfinite(torch.view_as_real(chain.a(wide=True))).all(-1).all(-1)
+    finite &= torch.isfinite(torch.view_as_real(chain.k + 0j)).all(-1).all(-1)
+    return torch.nonzero(broken & finite).flatten().tolist()
+
+
+def gradient(chain: Chain, upstream: Tensor, *, wide: bool, need_k: bool) -> Gradient:
+    """Recompute the pivots from the inputs and run the exact adjoint."""
+    if _kernel_fits(chain):
+        result = _kernel_backward(chain, upstream, wide, need_k)
+    else:
+        a = chain.a(wide)
+        out, bonds = diagonal_and_bonds(a, chain.k.to(a.dtype))
+        iu = left_inverse(out, bonds)
+        iw = right_inverse(out, bonds)
+        out = iu if chain.causal else out
+        result = adjoint(chain, out, iu, iw, upstream, need_k=need_k)
+    broken = ~torch.isfinite(torch.view_as_real(result.point))
+    if broken.any():
+        _repair(chain, upstream, result, broken.any(-1))
+    return result
+
+
+def left_inverse(diagonal_: Tensor, bonds: Tensor) -> Tensor:
+    """Compute 1 / u from the diagonal and the bonds: u_i = (1 - y_i) / G_i."""
+    return torch.cat((diagonal_[..., :-1] / (1 - bonds), diagonal_[..., -1:]), dim=-1)
+
+
+def right_inverse(diagonal_: Tensor, bonds: Tensor) -> Tensor:
+    """Compute 1 / w from the diagonal and the bonds: w_(i+1) = (1 - y_i) / G_(i+1)."""
+    return torch.cat((diagonal_[..., :1], diagonal_[..., 1:] / (1 - bonds)), dim=-1)
+
+
+def adjoint(
+    chain: Chain,
+    out: Tensor,
+    iu: Tensor,
+    iw: Tensor,
+    upstream: Tensor,
+    *,
+    need_k: bool,
+) -> Gradient:
+    """Run the adjoint from G, 1/u and 1/w by two first-order scans."""
+    k = chain.k.to(out.dtype)
+    source = -upstream.conj().to(out.dtype) * out * out
+    factor = k * iu[..., :-1] * iu[..., :-1]
+    u = linear_scan(_after_zero(factor.flip(-1)), source.flip(-1)).flip(-1)
+    bond = None
+    if chain.causal:
+        site = u
+        if need_k:
+            bond = -u[..., 1:] * iu[..., :-1]
+    else:
+        factor = k * iw[..., 1:] * iw[..., 1:]
+        w = linear_scan(_after_zero(factor), source)
+        site = u + w - source
+        if need_k:
+            bond = -(u[..., 1:] * iu[..., :-1] + w[..., :-1] * iw[..., 1:])
+    return Gradient(site, bond, -site.sum(-1))
+
+
+def _after_zero(factor: Tensor) -> Tensor:
+    return torch.nn.functional.pad(factor, (1, 0))
+
+
+def _repair(chain: Chain, upstream: Tensor, result: Gradient, broken: Tensor) -> None:
+    """Replace the gradient of broken rows by the projective one, in place."""
+    sane = torch.isfinite(torch.view_as_real(upstream)).all(-1).all(-1)
+    for row in broken_rows(chain, broken & sane):
+        a_row, k_row = chain.row(row)
+        s_row = upstream[row].conj().to(torch.complex128).tolist()
+        if chain.causal:
+            site, bond = _causal_row_gradient(a_row, k_row, s_row)
+        else:
+            site, bond = row_gradient(a_row, k_row, s_row)
+        exact = torch.tensor(site, dtype=torch.complex128)
+        result.point[row] = -exact.sum()
+        result.site[row] = exact if result.site.is_complex() else exact.real
+        if result.bond is not None:
+            result.bond[row] = torch.tensor(bond, dtype=torch.complex128)
+
+
+def _causal_row_gradient(
+    a: list[complex], k: list[complex], s: list[complex]
+) -> tuple[list[complex], list[complex]]:
+    """Sum the gradients of every leading block: slow, for broken rows only."""
+    site, bond = [0j] * len(a), [0j] * len(k)
+    for end in range(len(a)):
+        last = [0j] * end + [s[end]]
+        part = row_gradient(a[: end + 1], k[:end], last)
+        site = [x + y for x, y in zip(site, part.site + [0j] * len(a), strict=False)]
+        bond = [x + y for x, y in zip(bond, part.bond + [0j] * len(k), strict=False)]
+    return site, bond
+
+
+def _kernel_fits(chain: Chain) -> bool:
+    return (
+        chain.d.device.type == "cpu"
+        and not chain.d.is_complex()
+        and len(chain.d) > 0
+        and kernel_available().value
+    )
+
+
+def _kernel_inputs(chain: Chain, wide: bool) -> tuple[Any, ...]:
+    """Prepare the arguments that both entry points share."""
+    from castwise.layers.resolvent_kernel import scratch  # noqa: PLC0415 -- see above
+
+    compute: Any = np.float64 if wide else np.float32
+    num_rows, num_sites = chain.d.shape
+    return (
+        chain.d.contiguous().numpy(),
+        chain.k.contiguous().numpy(),
+        torch.view_as_real(chain.z.resolve_conj()).contiguous().numpy(),
+        compute(0 if chain.causal else 1),
+        *scratch(num_rows, num_sites, compute),
+    )
+
+
+def _kernel_forward(chain: Chain, wide: bool) -> tuple[Tensor, Tensor]:
+    from castwise.layers.resolvent_kernel import compiled  # noqa: PLC0415 -- see above
+
+    out = torch.empty(*chain.d.shape, 2, dtype=chain.d.dtype)
+    broken = np.zeros(len(chain.d), dtype=np.bool_)
+    compiled().forward(*_kernel_inputs(chain, wide), out.numpy(), broken)
+    return torch.view_as_complex(out), torch.from_numpy(broken)
+
+
+def _kernel_backward(
+    chain: Chain, upstream: Tensor, wide: bool, need_k: bool
+) -> Gradient:
+    from castwise.layers.resolvent_kernel import compiled  # noqa: PLC0415 -- see above
+
+    num_rows, num_sites = chain.d.shape
+    site = torch.empty_like(chain.d, memory_format=torch.contiguous_format)
+    bond = torch.empty(num_rows, num_sites - 1 if need_k else 0, 2, dtype=chain.d.dtype)
+    point = torch.zeros(num_rows, 2, dtype=torch.float64)
+    grad = torch.view_as_real(upstream.resolve_conj()).to(chain.d.dtype).contiguous()
+    compiled().backward(
+        *_kernel_inputs(chain, wide),
+        grad.numpy(),
+        need_k,
+        site.numpy(),
+        bond.numpy(),
+        point.numpy(),
+    )
+    return Gradient(
+        site,
+        torch.view_as_complex(bond) if need_k else None,
+        torch.view_as_complex(point),
+    )
