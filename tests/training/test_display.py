@@ -92,6 +92,17 @@ def test_notes_stay_above_the_picture_and_markup_is_no_markup() -> None:
     assert "[red]because[/]" in text
 
 
+def test_a_piped_standard_output_stays_apart(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """`castwise ... > answers.txt` on a terminal keeps its answers in the file."""
+    console = terminal(80)
+    with LiveDisplay(10, "t", console):
+        print("answer")  # noqa: T201 -- what a command would do
+    assert capsys.readouterr().out == "answer\n"
+    assert "answer" not in written(console)
+
+
 def test_an_error_gives_the_cursor_back() -> None:
     """The terminal is left as it was, and the error passes."""
     console = terminal(80)

@@ -175,6 +175,8 @@ class LiveDisplay(Display):
             get_renderable=self._picture,
             console=console,
             refresh_per_second=_REFRESH_PER_SECOND,
+            # What is printed meanwhile scrolls by above, unless it goes to a file.
+            redirect_stdout=sys.stdout.isatty(),
         )
 
     def __enter__(self) -> Self:
