@@ -37,6 +37,9 @@ from castwise.training.admission import (
     refuse_stale_state,
 )
 from castwise.training.in_force import PrecisionInForce, fit_to_device, held_formats
+from castwise.training.outcome import Skipped as Skipped
+from castwise.training.outcome import Stepped as Stepped
+from castwise.training.outcome import writer_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -45,45 +48,8 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.autograd.graph import Node
 
+    from castwise.policy.ops import OperatorTable
     from castwise.policy.rules import Policy
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Stepped:
-    """The weights were updated."""
-
-    loss: float
-    """Sum of the losses given to `backward`, unscaled."""
-
-    gradient_norm: float
-    """Global norm of the gradients, unscaled, before clipping."""
-
-    clipped: bool
-    """Whether the gradients were scaled down."""
-
-    scale: float
-    """The loss scale that was used."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Skipped:
-    """The weights were left alone, because a gradient was not finite."""
-
-    because: str
-    """One sentence."""
-
-    parameter: str
-    """The first parameter whose gradient is not finite."""
-
-    op: str | None
-    """The operator whose backward wrote that gradient; none where the loss itself was
-    not finite, because then the forward went wrong before."""
-
-    scale: float
-    """The loss scale that was used."""
-
-    loss: float
-    """Sum of the losses given to `backward`, unscaled."""
 
 
 class Step:
@@ -188,10 +154,24 @@ class Step:
             because = f"the loss is {shown}, so the forward went wrong; {finding}"
         else:
             because = f"{finding}{at}"
-            op = _writer_of(self._run.parameters()[finding.parameter], self._last_node)
+            op = writer_of(self._run.parameters()[finding.parameter], self._last_node)
         return Skipped(
             because=because, parameter=finding.parameter, op=op, scale=scale, loss=loss
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Region:
+    """What one phase puts into force around the model."""
+
+    compute: str
+    """What modules compute in outside of islands."""
+
+    low: str | None
+    """The low format of the region, if there is one anywhere."""
+
+    table: OperatorTable
+    """What runs low in it."""
 
 
 class Run:
@@ -222,6 +202,7 @@ class Run:
         self._loss_scale_decision = loss_scale_decision
         self._open_step: Step | None = None
         self._names: dict[torch.Tensor, str] = {}
+        self._regions: dict[str, _Region] = {}
 
     @property
     def applied(self) -> AppliedPolicy:
@@ -284,18 +265,16 @@ class Run:
     @contextlib.contextmanager
     def region(self) -> Iterator[None]:
         """Put the precision of the phase into force, and nothing else."""
-        policy = self.applied.bound.policy
-        compute = policy.base_precision(phase=self.phase).compute
         kind = self.device.type
-        low = self.applied.low_format()
+        if self.phase not in self._regions:
+            self._regions[self.phase] = _region_of(self.applied)
+        plan = self._regions[self.phase]
         with contextlib.ExitStack() as stack:
-            if low is not None:
-                stack.enter_context(
-                    autocast(kind, low, policy.operator_table(self.phase))
-                )
-                if low != compute:  # only islands are low; they enter autocast again
+            if plan.low is not None:
+                stack.enter_context(autocast(kind, plan.low, plan.table))
+                if plan.low != plan.compute:  # islands alone are low, and enter again
                     stack.enter_context(torch.autocast(kind, enabled=False))
-            if compute == "tf32":
+            if plan.compute == "tf32":
                 stack.enter_context(ProductsHold(kind, "tf32"))
             yield
 
@@ -445,24 +424,13 @@ def prepare(
     )
 
 
-def _writer_of(weight: torch.Tensor, last: Node | None) -> str | None:
-    """Name the operator whose backward writes the gradient of a weight."""
-    pending, seen = [last], set()
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        for following, _ in node.next_functions:
-            inner = _through_casts(following)
-            if inner is not None and getattr(inner, "variable", None) is weight:
-                return node.name().removesuffix("0").removesuffix("Backward")
-            pending.append(following)
-    return None
-
-
-def _through_casts(node: Node | None) -> Node | None:
-    """Follow the nodes that only change format or orientation of a weight."""
-    while node is not None and node.name() in ("ToCopyBackward0", "TBackward0"):
-        node = node.next_functions[0][0]
-    return node
+def _region_of(applied: AppliedPolicy) -> _Region:
+    """Work out the region of the phase that the model is in."""
+    policy = applied.bound.policy
+    compute = policy.base_precision(phase=applied.phase).compute
+    assert compute is not None
+    return _Region(
+        compute=compute,
+        low=applied.low_format(),
+        table=policy.operator_table(applied.phase),
+    )
