@@ -114,3 +114,27 @@ def test_only_the_temporaries_of_dead_writers_are_stale(tmp_path: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX)
         assert remove_stale_temporaries(tmp_path) == 1
     assert names(tmp_path) == [living.name]
+
+
+def test_contents_are_durable_before_the_name_and_the_name_before_the_return(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fsync of the file, rename, fsync of the folder: a power cut finds all or none."""
+    done: list[str] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def noting_fsync(descriptor: int) -> None:
+        done.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        fsync(descriptor)
+
+    def noting_replace(self: Path, target: Path) -> Path:
+        done.append(f"rename to {target.name}")
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", noting_fsync)
+    monkeypatch.setattr(Path, "replace", noting_replace)
+    save_checkpoint(tmp_path / "c", {"w": torch.ones(3)}, kind="k")
+    temporary, rename, folder = done
+    assert temporary.startswith(".c.")
+    assert rename == "rename to c"
+    assert folder == tmp_path.name
