@@ -387,14 +387,34 @@ def world_note(size: int, mode: Mode, kind: Kind = Kind.KENKEN) -> str:
     Returns:
         One sentence for the report, empty where there is nothing to say.
     """
-    if kind is Kind.LATIN and size < _SPLITTABLE_LATIN_SIZE:
+    squares = _NUM_SQUARES.get(size)
+    if kind is Kind.LATIN and squares is not None:
         return (
-            f"Latin squares of size {size} are too few to split: train, validation and "
-            "test share them."
+            f"There are only {squares} Latin squares of size {size}: train, validation "
+            "and test share them and differ in what is revealed."
         )
-    if kind is Kind.KENKEN and size < 4:
+    if kind is Kind.LATIN and size == _SPLITTABLE_LATIN_SIZE:
         return (
-            f"KenKen puzzles of size {size} ({mode}) are few: a large training set "
-            "holds nearly all of its split."
+            "Up to symmetry there are 1,162 Latin squares of size 6: no two splits "
+            "share one, but a large training set holds all that are its own."
+        )
+    if kind is Kind.KENKEN and size == min(_NUM_SQUARES):
+        return (
+            f"About {_FOUND_AT_SIZE_3[mode]} unique puzzles of size 3 were found up "
+            "to symmetry: no two splits share one, but a large training set holds "
+            "nearly all that are its own, and all splits share the 12 solutions."
+        )
+    if kind is Kind.KENKEN and squares is not None:
+        return (
+            f"No two splits share a puzzle of size {size}, but all of them share the "
+            f"{squares} Latin squares that can be solutions."
         )
     return ""
+
+
+_NUM_SQUARES = {3: "12", 4: "576", 5: "161,280"}
+_FOUND_AT_SIZE_3 = {
+    Mode.STANDARD: "9,200",
+    Mode.ZERO_INCLUSIVE: "10,100",
+    Mode.NEGATIVE: "9,500",
+}

@@ -41,6 +41,12 @@ class Draft:
         """Raise a fault with its place in front."""
         raise PuzzleError(f"{self.source}:{line or self.line}: {sentence}")
 
+    def read_size(self, size: int, line: int) -> None:
+        """Set the size, refused at once if it is none, for grids depend on it."""
+        for fault in find_faults(size, self.mode, (), None):
+            self.refuse(fault.sentence, line)
+        self.size = size
+
     def read_clue(self, text: str, cells: Sequence[Cell], line: int) -> None:
         """Add a cage from its clue."""
         match = _CLUE.fullmatch(text)

@@ -154,7 +154,7 @@ def _read_size_and_mode(draft: Draft, bodies: dict[str, list[tuple[int, str]]]) 
                 f"a size is a whole number; got {content[:40]!r}; write size: 6.",
                 number,
             )
-        draft.size = int(content)
+        draft.read_size(int(content), number)
     for number, content in bodies.get("mode", []):
         draft.read_mode(content, number)
 

@@ -78,7 +78,7 @@ def _parse_object(value: object, draft: Draft) -> Puzzle:
     size = value.get("size")
     if type(size) is not int:
         draft.refuse(f"a size is a whole number; got {_shown(size)}; give one.")
-    draft.size = size
+    draft.read_size(size, draft.line)
     draft.read_mode(value.get("mode", Mode.STANDARD.value), draft.line)
     for cage in _list(draft, value.get("cages", []), "cages"):
         if not isinstance(cage, dict) or cage.keys() != {"cells", "clue"}:
