@@ -37,9 +37,7 @@ from castwise.training.admission import (
     refuse_stale_state,
 )
 from castwise.training.in_force import PrecisionInForce, fit_to_device, held_formats
-from castwise.training.outcome import Skipped as Skipped
-from castwise.training.outcome import Stepped as Stepped
-from castwise.training.outcome import writer_of
+from castwise.training.outcome import Skipped, Stepped, writer_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -50,6 +48,9 @@ if TYPE_CHECKING:
 
     from castwise.policy.ops import OperatorTable
     from castwise.policy.rules import Policy
+
+
+__all__ = ["Run", "Skipped", "Step", "Stepped", "prepare"]
 
 
 class Step:
