@@ -238,6 +238,7 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=3, help="samples an operator")
     parser.add_argument("--ops", nargs="*", default=[], help="only these operators")
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=CASES)
+    parser.add_argument("--regions", nargs="*", default=list(REGIONS), choices=REGIONS)
     parser.add_argument("--in-place", action="store_true", help="in-place variants")
     parser.add_argument("--json", help="write counts and errors to this file")
     settings = parser.parse_args()
@@ -247,6 +248,7 @@ def main() -> int:
         fmt=settings.fmt,
         num_samples=settings.samples,
         cases=settings.cases,
+        regions=settings.regions,
         in_place=settings.in_place,
     )
     print(f"torch {torch.__version__}, {platform.processor() or platform.machine()}")
@@ -255,7 +257,7 @@ def main() -> int:
         f"{case} {stage} {name}": error
         for case, tallies in found.items()
         for stage in ("forward", "backward")
-        for name, error in getattr(tallies["castwise"], stage).items()
+        for name, error in getattr(tallies.get("castwise", Tally()), stage).items()
     }
     for where, error in failed.items():
         print(f"castwise fails: {where}: {error}", file=sys.stderr)
