@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from castwise.optim.adamw import AdamW as AdamW
 from castwise.optim.holding import HeldWeights as HeldWeights
 from castwise.optim.holding import hold_weights as hold_weights
+from castwise.optim.lion import Lion as Lion
+from castwise.optim.sgd import SGD as SGD
 from castwise.optim.storage import STORAGES as STORAGES
+from castwise.optim.sweep import SweepOutcome as SweepOutcome
+from castwise.optim.sweep import SweepSettings as SweepSettings

@@ -11,7 +11,8 @@ fp32, and writes its update into fp32; then the storage takes the weight apart a
 An optimizer that treats each parameter by itself (every one of torch but LBFGS) is
 stepped a few parameters at a time, so that the fp32 copies of a step never stand in
 memory together. One of which that is not known is stepped whole. Either way no fp32
-copy outlives the step, unless the storage is `master`, whose point that is.
+copy outlives the step, unless the storage is `master`, whose point that is. Our own
+optimizers join and part split weights themselves (`sweep`); no copy is made at all.
 
 `optimizer.step`, `state_dict`, `load_state_dict` and `add_param_group` are called as
 ever. A state dict holds every state in its own format, and what the storage keeps
@@ -30,7 +31,7 @@ import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MethodType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch.optim import Optimizer
@@ -46,7 +47,13 @@ from castwise.optim.joined import (
     raise_states,
 )
 from castwise.optim.state_formats import StateFormats
-from castwise.optim.storage import Extras, WeightStorage, make_storage
+from castwise.optim.storage import (
+    Extras,
+    SplitStorage,
+    WeightStorage,
+    make_storage,
+)
+from castwise.optim.sweep import SweepOptimizer
 
 PARAMETER_WISE: frozenset[type[Optimizer]] = frozenset(
     getattr(torch.optim, name)
@@ -145,8 +152,13 @@ class HeldWeights:
         self._release_gradients = release_gradients
         self._held: dict[int, HeldParameter] = {}
         self._hooks: list[Any] = []
+        self._sweeps = isinstance(optimizer, SweepOptimizer) and isinstance(
+            storage, SplitStorage
+        )
         self._check_optimizer()
         self._take(self._parameters())
+        if self._sweeps:
+            cast("SweepOptimizer", optimizer).remainder_of = self._remainder_of
         self._inner_step = optimizer.step
         self._inner_add = optimizer.add_param_group
         self._patch()
@@ -156,7 +168,10 @@ class HeldWeights:
     def parameter_wise(self) -> Decision[bool]:
         """Whether the optimizer is stepped a few parameters at a time, and why."""
         name = type(self.optimizer).__name__
-        if type(self.optimizer) not in PARAMETER_WISE:
+        apart = type(self.optimizer) in PARAMETER_WISE
+        if isinstance(self.optimizer, SweepOptimizer):
+            apart = self.optimizer.parameter_wise
+        if not apart:
             return Decision(
                 value=False, because=f"{name} may treat parameters together"
             )
@@ -176,6 +191,9 @@ class HeldWeights:
             What the optimizer's step returns.
         """
         self._notice_foreign_writes()
+        if self._sweeps:
+            with self._joined(self._held.values()):
+                return self._inner_step(closure, **kwargs)
         if closure is None and self.parameter_wise.value:
             for group, bite in self._bites():
                 self._step_bite(group, bite, kwargs)
@@ -229,6 +247,8 @@ class HeldWeights:
             held.parameter.data = full
             held.parameter.grad = None if gradient is None else gradient.float()
         self._held.clear()
+        if self._sweeps:
+            cast("SweepOptimizer", self.optimizer).remainder_of = None
         self._formats.remove()
         for hook in self._hooks:
             hook.remove()
@@ -381,12 +401,18 @@ class HeldWeights:
     @contextmanager
     def _joined(self, held: Iterable[HeldParameter]) -> Iterator[Joined]:
         """Let parameters be fp32, and part them again whatever happens."""
-        change = Joined(self.storage, list(held))
+        change = Joined(self.storage, [] if self._sweeps else list(held))
         change.join()
         try:
             yield change
         finally:
             change.part()
+            for each in held:
+                each.remember_version()
+
+    def _remainder_of(self, parameter: torch.Tensor) -> torch.Tensor:
+        """Return the lower 16 bits of a weight, for an optimizer that joins itself."""
+        return self._held[id(parameter)].extras["remainder"]
 
     def _extras_of(self, parameter: torch.Tensor) -> Extras:
         """Return what a state dict is to hold of a parameter, named by storage."""

@@ -68,7 +68,6 @@ class Joined:
             parameter.data = held.weight
             parameter.grad = gradient
             self._storage.part(full, held.weight, held.extras)
-            held.remember_version()
 
     def closure(self, evaluate: Callable[[], Any]) -> Callable[[], Any]:
         """Return a closure that evaluates on the 16-bit weights."""

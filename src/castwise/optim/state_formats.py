@@ -26,11 +26,13 @@ class StateFormats:
     def __init__(
         self,
         optimizer: Optimizer,
-        extras_of: Callable[[torch.Tensor], Extras],
-        load_extras: Callable[[torch.Tensor, Extras], None],
+        extras_of: Callable[[torch.Tensor], Extras] | None = None,
+        load_extras: Callable[[torch.Tensor, Extras], None] | None = None,
+        check: Callable[[], None] | None = None,
     ) -> None:
         self._extras_of = extras_of
         self._load_extras = load_extras
+        self._check = check
         self._loading: list[tuple[torch.Tensor, Mapping[str, Any], Extras]] = []
         self._hooks = (
             optimizer.register_state_dict_post_hook(self._save),
@@ -45,6 +47,8 @@ class StateFormats:
 
     def _save(self, optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
         """Add the extras of each parameter to its states."""
+        if self._extras_of is None:
+            return saved
         states = dict(saved["state"])
         for place, parameter in _places(optimizer, saved):
             extras = self._extras_of(parameter)
@@ -60,7 +64,8 @@ class StateFormats:
         self._loading = []
         for place, parameter in _places(optimizer, saved):
             state = states.pop(place, {})
-            extras = {key: value for key, value in state.items() if _is_extra(key)}
+            ours = self._load_extras is not None
+            extras = {k: v for k, v in state.items() if ours and _is_extra(k)}
             rest = {key: value for key, value in state.items() if key not in extras}
             if rest:
                 states[place] = rest
@@ -74,9 +79,11 @@ class StateFormats:
             for key, value in saved.items():
                 if key in state:
                     state[key] = _as_saved(state[key], value)
-            if extras:
+            if self._load_extras is not None and extras:
                 self._load_extras(parameter, extras)
         self._loading = []
+        if self._check is not None:
+            self._check()
 
 
 def _places(

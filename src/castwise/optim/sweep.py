@@ -1,0 +1,365 @@
+"""One sweep over memory: unscale, check, clip, update, round and write at once.
+
+An ordinary step walks over the gradients to unscale them, to look for infinities, for
+their norm, to clip them, and then several times over everything for the update. Memory
+is what that costs. Here the gradients are read once for their norm, and then everything
+is read and written once.
+
+An infinity or NaN in any gradient stops the whole step before anything is written:
+weights, moments and step counts stay what they were; `outcome` names the parameters.
+
+Three ways to run a sweep give the same update, and `SweepSettings.backend` picks one:
+
+    machine    CPU: machine code by numba, compiled on first use; bit for bit the twin
+    compiled   CUDA: the twin, compiled by torch.compile into one kernel
+    twin       anywhere: the readable update of `adamw`, `sgd`, `lion`, piece by piece
+
+Weights are in fp32, or split (`hold_weights(optimizer, "split")`): then the sweep joins
+and splits them on the way, and no fp32 weight ever reaches memory.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch.optim import Optimizer
+
+from castwise.decision import Decision
+from castwise.errors import SettingsError, WeightStorageError
+from castwise.optim.state_formats import StateFormats
+from castwise.optim.states import CODES, num_blocks
+from castwise.optim.swept import Swept, run_compiled, run_twin
+
+_BACKENDS = ("auto", "machine", "compiled", "twin")
+_STATES = ("fp32", "8bit")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SweepSettings:
+    """What a sweep does besides the update."""
+
+    states: Literal["fp32", "8bit"] = "fp32"
+    """Format of the moments; `states.py` describes the 8-bit codes."""
+
+    min_8bit_size: int = 4096
+    """Parameters with fewer elements keep their states in fp32."""
+
+    max_norm: float | None = None
+    """Global norm that the gradients are clipped to; None does not clip."""
+
+    check_finite: bool = True
+    """Refuse a step whose gradients hold an infinity or NaN."""
+
+    backend: Literal["auto", "machine", "compiled", "twin"] = "auto"
+    """How the sweep runs; auto is machine on a CPU and compiled elsewhere."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be honoured."""
+        if self.states not in _STATES:
+            raise SettingsError(
+                f"need states in {' or '.join(_STATES)}; got {self.states!r}"
+            )
+        if self.backend not in _BACKENDS:
+            raise SettingsError(
+                f"need a backend out of {', '.join(_BACKENDS)}; got {self.backend!r}"
+            )
+        if self.max_norm is not None:
+            check_range("max_norm", self.max_norm, 0.0, math.inf)
+        check_range("min_8bit_size", self.min_8bit_size, 0, math.inf)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SweepOutcome:
+    """What a step did."""
+
+    stepped: bool
+    """Whether anything was written."""
+
+    norm: float | None = None
+    """Global norm of the unscaled gradients before clipping; None: not asked for."""
+
+    nonfinite: tuple[str, ...] = ()
+    """Parameters whose gradients held an infinity or NaN."""
+
+    def __str__(self) -> str:
+        if self.stepped:
+            return "stepped" if self.norm is None else f"stepped, norm {self.norm:.3g}"
+        return (
+            f"skipped: infinity or NaN in the gradient of {', '.join(self.nonfinite)}"
+        )
+
+
+class SweepOptimizer(Optimizer):
+    """An optimizer that updates everything in one sweep; `AdamW`, `SGD` and `Lion`."""
+
+    rule: ClassVar[str]
+    update: ClassVar[Callable[..., None]]
+
+    # torch.amp.GradScaler leaves unscaling and skipping to an optimizer that says so.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self, params: Any, defaults: dict[str, Any], settings: SweepSettings
+    ) -> None:
+        self.settings = settings
+        self.outcome = SweepOutcome(stepped=False)
+        self.remainder_of: Callable[[torch.Tensor], torch.Tensor] | None = None
+        super().__init__(params, defaults)
+        self._formats = StateFormats(self, check=self._check_states)
+
+    @abstractmethod
+    def codes(self, group: dict[str, Any]) -> dict[str, str]:
+        """Return the states of a group by name, and the code of each in 8 bits."""
+
+    @abstractmethod
+    def numbers(self, group: dict[str, Any], step: int) -> tuple[float, ...]:
+        """Return the seven numbers that the update needs at a step, from 1."""
+
+    @property
+    def parameter_wise(self) -> bool:
+        """Whether no parameter's update depends on another's gradient."""
+        return not self.settings.check_finite and self.settings.max_norm is None
+
+    def backend_for(self, device: torch.device) -> Decision[str]:
+        """Return how the sweep runs on a device, and why."""
+        if self.settings.backend != "auto":
+            return Decision(self.settings.backend, because="it was asked for")
+        if device.type == "cpu":
+            return Decision("machine", because="numba compiles for every CPU")
+        if torch.utils._triton.has_triton():  # noqa: SLF001 -- no public question
+            return Decision("compiled", because=f"triton compiles for {device.type}")
+        return Decision("twin", because=f"nothing here compiles for {device.type}")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group and make its states, so that they exist from the start."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for parameter in group["params"]:
+            _check_parameter(parameter, type(self).__name__)
+            state = self.state[parameter]
+            state["step"] = 0
+            for name, code in self.codes(group).items():
+                state.update(self._new_state(parameter, name, code))
+
+    @torch.no_grad()
+    def step(
+        self, closure: Callable[[], Any] | None = None, *, scale: float | None = None
+    ) -> Any:
+        """Sweep over everything once, or over nothing: see `outcome`.
+
+        Args:
+            closure: Evaluates the loss and its gradients first (default: None).
+            scale: Loss scale that the gradients are divided by (default: 1, or what
+                `torch.amp.GradScaler` says).
+
+        Returns:
+            What the closure returns.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        told = getattr(self, "grad_scale", None)
+        if scale is None:
+            scale = 1.0 if told is None else float(told)
+        swept = self._swept()
+        factor, self.outcome = self._judge(swept, 1.0 / scale)
+        if self.outcome.stepped:
+            self._advance(swept, factor)
+        return loss
+
+    def _new_state(
+        self, parameter: torch.Tensor, name: str, code: str
+    ) -> dict[str, torch.Tensor]:
+        """Return a state of zeros in the format that its parameter's size calls for."""
+        small = parameter.numel() < self.settings.min_8bit_size
+        if self.settings.states == "fp32" or small:
+            return {name: torch.zeros_like(parameter, dtype=torch.float32)}
+        scales = torch.zeros(num_blocks(parameter.numel()), device=parameter.device)
+        codes = torch.zeros_like(parameter, dtype=CODES[code].dtype)
+        return {name: codes, f"{name}_{code}": scales}
+
+    def _swept(self) -> list[Swept]:
+        """Return what is to be swept: every parameter that has a gradient."""
+        swept = []
+        place = 0
+        for group in self.param_groups:
+            names = group.get("param_names") or [None] * len(group["params"])
+            for parameter, given in zip(group["params"], names, strict=True):
+                place += 1
+                if parameter.grad is not None:
+                    name = given or f"parameter {place - 1}"
+                    swept.append(self._swept_one(parameter, group, name))
+        return swept
+
+    def _swept_one(
+        self, parameter: torch.Tensor, group: dict[str, Any], name: str
+    ) -> Swept:
+        state = self.state[parameter]
+        codes = self.codes(group)
+        scales = [
+            None if state[key].dtype == torch.float32 else state[f"{key}_{code}"]
+            for key, code in codes.items()
+        ]
+        remainder = None
+        if parameter.dtype != torch.float32:
+            remainder = self._remainder(parameter, name)
+        return Swept(
+            name=name,
+            weight=parameter.detach(),
+            remainder=remainder,
+            gradient=_like(parameter, name),
+            states=[state[key] for key in codes],
+            scales=scales,
+            codes=list(codes.values()),
+            group=group,
+            state=state,
+        )
+
+    def _remainder(self, parameter: torch.Tensor, name: str) -> torch.Tensor:
+        """Return the lower 16 bits of a split weight."""
+        if parameter.dtype != torch.bfloat16 or self.remainder_of is None:
+            raise WeightStorageError(
+                f"{type(self).__name__} needs weights in fp32 or split; got "
+                f"{parameter.dtype} in {name}; make the model in fp32 and call "
+                'hold_weights(optimizer, "split")'
+            )
+        return self.remainder_of(parameter)
+
+    def _judge(
+        self, swept: list[Swept], inverse_scale: float
+    ) -> tuple[float, SweepOutcome]:
+        """Return the factor of the gradients, and whether there is to be a step."""
+        found = getattr(self, "found_inf", None)
+        if found is not None and bool(found):
+            return 0.0, SweepOutcome(stepped=False, nonfinite=("some parameter",))
+        if self.parameter_wise:
+            return inverse_scale, SweepOutcome(stepped=True)
+        squares = self._square_sums(swept, inverse_scale)
+        bad = tuple(
+            each.name
+            for each, square in zip(swept, squares, strict=True)
+            if not math.isfinite(square)
+        )
+        norm = math.sqrt(math.fsum(squares)) if not bad else math.nan
+        if bad:
+            return 0.0, SweepOutcome(stepped=False, norm=norm, nonfinite=bad)
+        limit = self.settings.max_norm
+        clip = 1.0 if limit is None or norm <= limit else limit / norm
+        return inverse_scale * clip, SweepOutcome(stepped=True, norm=norm)
+
+    def _square_sums(self, swept: list[Swept], inverse_scale: float) -> list[float]:
+        """Return the sum of the squares of each scaled gradient."""
+        sums = {}
+        for backend, some in self._by_backend(swept).items():
+            if backend == "machine":
+                from castwise.optim.machine_table import square_sums  # noqa: PLC0415 -- numba is imported by those who need it
+
+                found = square_sums(some, inverse_scale)
+            else:
+                norms = [
+                    torch.linalg.vector_norm(each.gradient, dtype=torch.float64)
+                    for each in some
+                ]
+                found = [
+                    (float(norm) * inverse_scale) ** 2
+                    for norm in (torch.stack(norms).tolist() if norms else [])
+                ]
+            sums.update({id(each): x for each, x in zip(some, found, strict=True)})
+        return [sums[id(each)] for each in swept]
+
+    def _advance(self, swept: list[Swept], factor: float) -> None:
+        """Count the step and sweep."""
+        rows: dict[tuple[int, int], tuple[float, ...]] = {}
+        for each in swept:
+            each.state["step"] += 1
+            key = id(each.group), each.state["step"]
+            if key not in rows:
+                sign = -1.0 if each.group.get("maximize") else 1.0
+                rows[key] = (
+                    sign * factor,
+                    *self.numbers(each.group, each.state["step"]),
+                )
+            each.numbers = rows[key]
+        for backend, some in self._by_backend(swept).items():
+            if backend == "machine":
+                from castwise.optim.machine_table import run_machine  # noqa: PLC0415 -- numba is imported by those who need it
+
+                run_machine(self.rule, some)
+            elif backend == "compiled":
+                run_compiled(type(self).update, some)
+            else:
+                run_twin(type(self).update, some)
+
+    def _by_backend(self, swept: list[Swept]) -> dict[str, list[Swept]]:
+        """Sort parameters by what runs on their devices."""
+        sorted_by: dict[str, list[Swept]] = {}
+        chosen: dict[torch.device, str] = {}
+        for each in swept:
+            device = each.weight.device
+            if device not in chosen:
+                chosen[device] = self.backend_for(device).value
+            sorted_by.setdefault(chosen[device], []).append(each)
+        return sorted_by
+
+    def _check_states(self) -> None:
+        """Refuse loaded states of another kind; take a step that torch counted."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                need = {"step"}
+                for name, code in self.codes(group).items():
+                    need |= self._new_state(parameter[:0], name, code).keys()
+                    if self.settings.states == "8bit" and (
+                        parameter.numel() >= self.settings.min_8bit_size
+                    ):
+                        need.add(f"{name}_{code}")
+                if state.keys() != need:
+                    raise WeightStorageError(
+                        f"{type(self).__name__} with {self.settings.states} states "
+                        f"needs the states {', '.join(sorted(need))}; got "
+                        f"{', '.join(sorted(state))}; load states of the same kind"
+                    )
+                state["step"] = int(state["step"])
+
+
+def check_range(name: str, value: float, low: float, high: float) -> None:
+    """Refuse a setting outside of [low, high]."""
+    if not low <= value <= high:
+        raise SettingsError(f"need {name} from {low} to {high}; got {value}")
+
+
+def _check_parameter(parameter: torch.Tensor, name: str) -> None:
+    """Refuse what a sweep cannot run over."""
+    real = parameter.is_floating_point() and parameter.element_size() <= 4
+    if (
+        not real
+        or parameter.layout != torch.strided
+        or hasattr(parameter, "placements")
+    ):
+        raise WeightStorageError(
+            f"{name} needs whole, dense parameters in fp32 or 16 bits; got "
+            f"{parameter.dtype}, {parameter.layout}, {type(parameter).__name__}; take "
+            "torch's optimizer for them"
+        )
+
+
+def _like(parameter: torch.Tensor, name: str) -> torch.Tensor:
+    """Return the gradient, laid out in memory as its parameter."""
+    gradient = parameter.grad
+    assert gradient is not None
+    if gradient.layout != torch.strided:
+        raise WeightStorageError(
+            f"the sweep needs dense gradients; got {gradient.layout} in {name}; take "
+            "torch.optim.SparseAdam for it"
+        )
+    if gradient.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        gradient = gradient.float()
+    if gradient.stride() == parameter.stride():
+        return gradient.detach()
+    return torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)
