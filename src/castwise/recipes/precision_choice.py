@@ -34,7 +34,7 @@ class PrecisionChoice:
     """A policy document."""
 
     fallback: str | None = None
-    """Preset to use where the device cannot do what was asked."""
+    """Format to use instead of one that the device cannot do."""
 
     def __post_init__(self) -> None:
         """Refuse two answers to one question.
@@ -56,6 +56,11 @@ class PrecisionChoice:
                 f"One flag decides the precision, and {' and '.join(given)} were "
                 "given; keep one of them."
             )
+
+    @property
+    def is_given(self) -> bool:
+        """Whether any flag asks for a precision."""
+        return any((self.dtype, self.precision, self.policy_file))
 
     def policy(self, *, otherwise: str) -> Decision[Policy]:
         """Return the policy asked for, with the flag that asked.

@@ -26,9 +26,7 @@ CHANGES = (
 @click.option(
     "--preset",
     type=click.Choice(["tiny", "small", "base"]),
-    default="small",
-    show_default=True,
-    help="Size of the run: seconds, three minutes on two cores, a GPU.",
+    help="Seconds, three minutes on two cores, or a GPU.  [default: small]",
 )
 @click.option(
     "--dtype",
@@ -39,8 +37,8 @@ CHANGES = (
 @click.option("--policy", type=click.Path(path_type=Path), help="A policy file.")
 @click.option(
     "--fallback",
-    metavar="PRESET",
-    help="Preset to use where the device cannot do the one asked for.",
+    metavar="FORMAT",
+    help="Format to use instead of one that the device cannot do.",
 )
 @click.option(
     "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."

@@ -94,6 +94,9 @@ class KenKenSettings:
     seed: int = 0
     """Seed of data order, masks and initial weights."""
 
+    data_seed: int = 0
+    """Seed of the puzzles themselves; runs with other seeds share the cache."""
+
     def __post_init__(self) -> None:
         """Refuse settings without a meaning.
 
@@ -161,12 +164,11 @@ class KenKenSettings:
                 f"Settings of another version of this recipe: {', '.join(odd)} "
                 "is unknown or missing; use the version of castwise that wrote them."
             )
-        return cls(
-            **{
-                name: tuple(value) if isinstance(value, list) else value
-                for name, value in description.items()
-            }
-        )
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in description.items()
+        }
+        return cls(**values)
 
     def with_changes(self, changes: Mapping[str, Any]) -> KenKenSettings:
         """Return these settings with those of the command line laid over them.

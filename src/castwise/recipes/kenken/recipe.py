@@ -1,0 +1,380 @@
+"""The whole run of `castwise train kenken`, from data to report, in reading order.
+
+plan      settings, policy and device: from the flags, or from a checkpoint
+build     puzzles, model, optimizer, run, and a census of the formats that run
+fit       the trainer's plain loop
+tell      the table by size, mode and fill; report.html; one solved puzzle
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from rich.console import Console
+from torch import nn
+
+import castwise
+from castwise.checkpoints import CheckpointShelf, refuse_contradictions
+from castwise.decision import Decision
+from castwise.errors import CheckpointError
+from castwise.memory.monitor import MemoryMonitor, steady_allocator
+from castwise.numerics.contract import FormatCensus, observe
+from castwise.policy import Policy
+from castwise.recipes.device_choice import choose_device
+from castwise.recipes.kenken import closing
+from castwise.recipes.kenken.batches import PuzzleBatch
+from castwise.recipes.kenken.model import KenKenModel, model_settings
+from castwise.recipes.kenken.settings import KenKenSettings, settings_of
+from castwise.recipes.kenken.solver import KIND
+from castwise.recipes.kenken.supply import Supply, default_folder, open_supply
+from castwise.recipes.kenken.task import SCORE, KenKenTask
+from castwise.recipes.precision_choice import PrecisionChoice
+from castwise.training.averages import Averages, ExponentialAverage, NoAverages
+from castwise.training.display import open_display
+from castwise.training.journal import Journal
+from castwise.training.random_state import seed_everything
+from castwise.training.run_folder import RunFolder, open_run_folder
+from castwise.training.schedule import WarmupStableDecay
+from castwise.training.step import Run, prepare
+from castwise.training.trainer import Trainer, TrainerSettings
+
+DEFAULT_PRECISION = "bf16-mixed"
+SIGNAL_CODES = {"SIGINT": 130, "SIGTERM": 143}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """Where a run happens and what it may use there."""
+
+    device: str
+    """auto, cpu, cuda or cuda:N."""
+
+    out: Path | None
+    """Folder of the run, or None for the next number below `runs`."""
+
+    runs: Path
+    """Where numbered runs stand."""
+
+    resume: bool
+    """Whether to go on with the run that stands there."""
+
+    keep_last: int
+    """Checkpoints that stay, besides the best."""
+
+    num_threads: int | None
+    """CPU threads of torch, or None for all cores."""
+
+    data: Path | None
+    """Folder that caches puzzles, or None for the user's cache."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What will be trained, in which precision, on what."""
+
+    settings: KenKenSettings
+    """Everything but precision and place."""
+
+    policy: Decision[Policy]
+    """The precision asked for, and by which flag."""
+
+    device: Decision[torch.device]
+    """Where it runs, and why."""
+
+    fallback: str | None
+    """Format to use instead of one that the device cannot do."""
+
+    tree: Mapping[str, Any] | None
+    """The checkpoint to go on from, if any."""
+
+
+def train(
+    *,
+    preset: str | None,
+    changes: Mapping[str, Any],
+    choice: PrecisionChoice,
+    place: Place,
+) -> int:
+    """Train, measure, report; return the exit code.
+
+    Args:
+        preset: Name of the settings to start from; None for `small`.
+        changes: Settings given on the command line, by name.
+        choice: The precision flags.
+        place: Where it happens.
+
+    Raises:
+        CastwiseError: For every mistake in a flag, a file or a folder.
+    """
+    console = Console()
+    folder = open_run_folder(out=place.out, parent=place.runs, resume=place.resume)
+    shelf = CheckpointShelf(
+        folder=folder.checkpoints, kind=KIND, keep_last=place.keep_last
+    )
+    plan = _plan(preset, changes, choice, place, folder, shelf)
+    torch.set_num_threads(place.num_threads or os.cpu_count() or 1)
+    steady_allocator()
+    with ExitStack() as stack:
+        supply = _open_supply(plan, place, console)
+        built = _build(plan, supply, folder, shelf, stack, console)
+        for line in closing.opening_lines(built.facts, folder):
+            console.print(line, highlight=False, soft_wrap=True)
+        result = built.trainer.fit()
+    if result.stopped_by is not None:
+        console.print(
+            f"Stopped by {result.stopped_by} after step {result.num_steps}; go on with "
+            f"`castwise train kenken --resume --out {folder.path}`.",
+            soft_wrap=True,
+        )
+        return SIGNAL_CODES[result.stopped_by]
+    with built.averages.in_place_of_weights(), Journal(folder.path) as journal:
+        closing.close(
+            task=built.task,
+            supply=supply,
+            settings=plan.settings,
+            facts=built.facts,
+            result=result,
+            folder=folder,
+            journal=journal,
+            console=console,
+        )
+    return 0
+
+
+def _plan(
+    preset: str | None,
+    changes: Mapping[str, Any],
+    choice: PrecisionChoice,
+    place: Place,
+    folder: RunFolder,
+    shelf: CheckpointShelf,
+) -> Plan:
+    """Take settings and policy from the flags, or from the checkpoint to resume."""
+    device = choose_device(place.device)
+    if not folder.resuming:
+        return Plan(
+            settings=settings_of(preset or "small", changes),
+            policy=choice.policy(otherwise=DEFAULT_PRECISION),
+            device=device,
+            fallback=choice.fallback,
+            tree=None,
+        )
+    found = shelf.latest()
+    if found.value is None:
+        raise CheckpointError(
+            f"--resume needs a checkpoint, and {folder.checkpoints} holds none; start "
+            "without --resume."
+        )
+    tree = found.value.tree
+    facts = tree["facts"]
+    settings = KenKenSettings.from_description(facts["settings"])
+    _refuse_other_flags(preset, changes, choice, settings, facts, found.value.path)
+    return Plan(
+        settings=settings,
+        policy=Decision(
+            Policy.parse(facts["policy"], where=str(found.value.path)),
+            facts["asked_by"],
+        ),
+        device=device,
+        fallback=facts["fallback"],
+        tree=tree,
+    )
+
+
+def _refuse_other_flags(
+    preset: str | None,
+    changes: Mapping[str, Any],
+    choice: PrecisionChoice,
+    settings: KenKenSettings,
+    facts: Mapping[str, Any],
+    where: Path,
+) -> None:
+    """Compare only what was said on the command line with what is stored."""
+    changed = settings.with_changes(changes).describe()
+    named = {"num_steps": "--steps"}
+    asked = {named.get(n, f"--{n.replace('_', '-')}"): changed[n] for n in changes}
+    stored = {
+        named.get(n, f"--{n.replace('_', '-')}"): settings.describe()[n]
+        for n in changes
+    }
+    if preset is not None:
+        asked["--preset"], stored["--preset"] = preset, settings.preset
+    if choice.is_given:
+        policy = choice.policy(otherwise=DEFAULT_PRECISION)
+        before = Policy.parse(facts["policy"], where=str(where))
+        flag = policy.because.split()[0]
+        asked[flag], stored[flag] = policy.value.name, before.name
+        if policy.value.name == before.name and policy.value != before:
+            asked[flag], stored[flag] = policy.value.to_yaml(), before.to_yaml()
+    refuse_contradictions(asked, stored, where=where)
+
+
+def _open_supply(plan: Plan, place: Place, console: Console) -> Supply:
+    folder = place.data if place.data is not None else default_folder()
+    with console.status("puzzles") as status:
+
+        def progress(name: str, index: int, total: int) -> None:
+            status.update(f"puzzles {index + 1}/{total}: {name}")
+
+        return open_supply(plan.settings, folder, progress=progress)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Built:
+    """What a run consists of, ready to start."""
+
+    trainer: Trainer
+    """The loop."""
+
+    task: KenKenTask
+    """The recipe's work."""
+
+    averages: Averages
+    """What is evaluated and saved beside the weights."""
+
+    facts: Mapping[str, Any]
+    """What stands in checkpoints and in the report."""
+
+
+def _build(
+    plan: Plan,
+    supply: Supply,
+    folder: RunFolder,
+    shelf: CheckpointShelf,
+    stack: ExitStack,
+    console: Console,
+) -> Built:
+    settings, device = plan.settings, plan.device.value
+    seed_everything(settings.seed)
+    model = KenKenModel(model_settings(settings.model)).to(device)
+    run = prepare(
+        model,
+        _optimizer(model, settings),
+        plan.policy.value,
+        clip_norm=settings.clip_norm,
+        device=device,
+        fallback=plan.fallback,
+    )
+    averages: Averages = NoAverages()
+    if settings.average_decay > 0.0:
+        averages = ExponentialAverage(model, decay=settings.average_decay)
+    task = KenKenTask(
+        run=run, model=model, supply=supply, settings=settings, device=device
+    )
+    census = _census(run, task)
+    facts = _facts(plan, supply, run, census)
+    journal = stack.enter_context(Journal(folder.path))
+    display = stack.enter_context(
+        open_display(settings.num_steps, "castwise train kenken")
+    )
+    trainer = Trainer(
+        run=run,
+        task=task,
+        schedule=WarmupStableDecay(
+            num_steps=settings.num_steps,
+            num_warmup=settings.num_warmup,
+            decay_share=settings.decay_share,
+        ),
+        averages=averages,
+        settings=TrainerSettings(
+            num_steps=settings.num_steps,
+            evaluate_every=settings.evaluate_every,
+            checkpoint_every=settings.checkpoint_every,
+        ),
+        shelf=shelf,
+        journal=journal,
+        display=display,
+        monitor=MemoryMonitor(device),
+        facts=facts,
+        score=SCORE,
+    )
+    if plan.tree is not None:
+        _tell_changes(plan.tree["facts"], facts, console)
+        trainer.resume(plan.tree)
+    return Built(trainer=trainer, task=task, averages=averages, facts=facts)
+
+
+def _optimizer(model: nn.Module, settings: KenKenSettings) -> torch.optim.Optimizer:
+    """Return AdamW: matrices decay, norms, biases and embeddings do not."""
+    embeddings = {
+        id(module.weight)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding)
+    }
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for parameter in model.parameters():
+        decays = parameter.ndim > 1 and id(parameter) not in embeddings
+        (matrices if decays else others).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": settings.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ],
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        fused=True,
+    )
+
+
+def _census(run: Run, task: KenKenTask) -> FormatCensus:
+    """Count which operator really runs in which format, on the first batch."""
+    batch: PuzzleBatch = task.batch(0)
+
+    def once() -> None:
+        with run.region():
+            loss = task.loss(batch).value
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    census = observe(once)
+    run.optimizer.zero_grad(set_to_none=True)
+    return census
+
+
+def _facts(
+    plan: Plan, supply: Supply, run: Run, census: FormatCensus
+) -> dict[str, Any]:
+    """Collect what a checkpoint and the report must hold about this run."""
+    return {
+        "recipe": "kenken",
+        "settings": plan.settings.describe(),
+        "policy": plan.policy.value.to_yaml(),
+        "asked_by": plan.policy.because,
+        "fallback": plan.fallback,
+        "in_force": run.precision.summary(),
+        "loss_scale": str(run.precision.loss_scale),
+        "effective": census.record(),
+        "device": str(plan.device.value),
+        "device_because": plan.device.because,
+        "num_threads": torch.get_num_threads(),
+        "data": supply.digests,
+        "versions": {
+            "castwise": castwise.__version__,
+            "torch": str(torch.__version__),
+            "numpy": np.__version__,
+            "numba": numba.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def _tell_changes(
+    before: Mapping[str, Any], now: Mapping[str, Any], console: Console
+) -> None:
+    """Name what differs and may change the last bits, though it is allowed."""
+    for name in ("versions", "num_threads", "device", "data", "effective"):
+        if before[name] != now[name]:
+            shown = "" if name in {"data", "effective"} else f": {before[name]} before"
+            console.print(
+                f"Note: {name} differs from the checkpoint{shown}; the run goes on, "
+                "but not bit for bit as it would have."
+            )

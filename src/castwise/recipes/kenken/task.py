@@ -1,0 +1,141 @@
+"""The KenKen recipe's work for the trainer: batches, the loss, quick measures.
+
+A batch is a pure function of (seed, step). Every epoch ends with a quick measure: the
+solved rate on validation puzzles shown without any hint, decoded most certain first.
+The whole table by size, mode and fill is measured once, at the end of the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from statistics import fmean
+from typing import final
+
+import torch
+
+from castwise.recipes.kenken.alphabets import parse_mode
+from castwise.recipes.kenken.batches import Mixture, PuzzleBatch, draw_batch
+from castwise.recipes.kenken.decoding import predictor_of
+from castwise.recipes.kenken.evaluation import EvaluationSettings, evaluate
+from castwise.recipes.kenken.measures import Measures
+from castwise.recipes.kenken.model import KenKenModel, completion_loss
+from castwise.recipes.kenken.puzzle_set import Kind, PuzzleSet
+from castwise.recipes.kenken.settings import KenKenSettings
+from castwise.recipes.kenken.supply import Supply
+from castwise.training.step import Run
+from castwise.training.trainer import BatchLoss, Task
+
+SCORE = "solved"
+EMPTY_GRID = (0.0, 0.0)
+
+
+def mixture_of(settings: KenKenSettings) -> Mixture:
+    """Return what batches are made of."""
+    modes = tuple(parse_mode(name) for name in settings.modes)
+    return Mixture(
+        sizes=settings.sizes,
+        size_shares=settings.size_shares,
+        modes=modes,
+        mode_shares=(1.0 / len(modes),) * len(modes),
+        latin_share=settings.latin_share,
+        empty_share=settings.empty_share,
+        reveal=(0.0, settings.max_reveal),
+        cells_per_step=settings.cells_per_step,
+    )
+
+
+@final
+class KenKenTask(Task):
+    """Puzzles in, loss and solved rates out.
+
+    Args:
+        run: The prepared model.
+        model: The same model, with its own type.
+        supply: Puzzle sets.
+        settings: Of the run.
+        device: Where batches go.
+    """
+
+    unit = "cells"
+
+    def __init__(
+        self,
+        *,
+        run: Run,
+        model: KenKenModel,
+        supply: Supply,
+        settings: KenKenSettings,
+        device: torch.device,
+    ) -> None:
+        self._run = run
+        self._model = model
+        self._supply = supply
+        self._settings = settings
+        self._mixture = mixture_of(settings)
+        self._device = device
+
+    def batch(self, step: int) -> PuzzleBatch:
+        """Draw the batch of a step."""
+        drawn = draw_batch(
+            self._supply.train, self._mixture, seed=self._settings.seed, step=step
+        )
+        return drawn.to(self._device)
+
+    def loss(self, batch: PuzzleBatch) -> BatchLoss:
+        """Return the cross-entropy over hidden cells and loops."""
+        logits = self._model(batch.tokens, batch.alphabet, batch.relations)
+        with torch.no_grad():
+            right = (logits[-1].argmax(dim=-1) == batch.answers) & batch.hidden
+            accuracy = right.sum() / batch.hidden.sum().clamp(min=1)
+        return BatchLoss(
+            value=completion_loss(logits, batch),
+            measures={"accuracy": accuracy},
+            num_units=batch.tokens.numel(),
+        )
+
+    def evaluate(self, step: int) -> Mapping[str, float]:
+        """Measure the share of validation puzzles solved from the empty grid."""
+        del step
+        sets = [s for s in self._supply.validation.values() if s.kind is Kind.KENKEN]
+        rows = self.measure(sets, num_puzzles=self._settings.num_quick)
+        by_size = {
+            size: fmean(row.valid.value for row in rows if row.size == size)
+            for size in self._settings.sizes
+        }
+        return {
+            SCORE: fmean(by_size.values()),
+            **{f"solved_{size}": rate for size, rate in by_size.items()},
+            "validation_loss": fmean(row.cross_entropy or 0.0 for row in rows),
+        }
+
+    @property
+    def model(self) -> KenKenModel:
+        """The model that is trained."""
+        return self._model
+
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """Hold the model in evaluation mode and in the precision of the run."""
+        self._model.eval()
+        try:
+            with self._run.inference():
+                yield
+        finally:
+            self._model.train()
+
+    def measure(
+        self,
+        sets: list[PuzzleSet],
+        *,
+        num_puzzles: int,
+        fills: tuple[tuple[float, float], ...] = (EMPTY_GRID,),
+    ) -> tuple[Measures, ...]:
+        """Measure the model on some sets, in the precision of the run."""
+        smallest = min(len(puzzles) for puzzles in sets)
+        settings = EvaluationSettings(
+            num_puzzles=min(num_puzzles, smallest), fills=fills
+        )
+        predict = predictor_of(self._model, self._settings.num_loops)
+        with self.inference():
+            return evaluate(predict, sets, settings, device=self._device)
