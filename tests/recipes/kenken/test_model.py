@@ -232,7 +232,7 @@ def test_a_tiny_model_learns_to_solve() -> None:
     assert loss.item() < math.log(3) / 3
 
 
-def test_the_loss_is_the_mean_over_hidden_cells_and_loops() -> None:
+def test_the_loss_is_the_mean_over_hidden_cells_and_the_last_loops() -> None:
     """Against the definition, hint cells excluded; no hidden cell gives 0."""
     batch = batch_for(3, count=2)
     logits = forward(random_model(MODELS["tiny"]), batch)
@@ -240,8 +240,12 @@ def test_the_loss_is_the_mean_over_hidden_cells_and_loops() -> None:
     for loop in logits.log_softmax(dim=-1):
         own = loop.gather(2, batch.answers[:, :, None]).squeeze(2)
         terms.append(-own[batch.hidden])
-    wanted = torch.cat(terms).mean()
-    torch.testing.assert_close(completion_loss(logits, batch), wanted)
+    assert len(terms) == 3
+    for num_scored, counted in ((1, 1), (2, 2), (3, 3), (None, 2)):
+        torch.testing.assert_close(
+            completion_loss(logits, batch, num_scored),
+            torch.cat(terms[-counted:]).mean(),
+        )
     full = batch.with_tokens(batch.answer_tokens)
     assert completion_loss(logits, full).item() == 0
 

@@ -16,8 +16,8 @@ A block mixes in four ways and then runs one MLP on every rank of every cell:
     cell          the mean over the ranks of the cell itself
 
 One attention weight serves all ranks of a cell: query and key are as long as its whole
-state. The blocks are few and run `num_loops` times; each loop ends in logits, and the
-loss is the mean over loops, so a solver may loop longer than it was trained to.
+state. The blocks are few and run `num_loops` times. Each loop ends in logits, and the
+loss looks at the last half of them, so a solver may loop longer than it was trained to.
 
 The model sees relations, never positions: permuting rows or columns or transposing the
 puzzle permutes its logits in the same way. Alphabets enter through the tokens (which
@@ -47,6 +47,7 @@ _NUM_FEATURES = 11
 _NUM_OPERATIONS = 6
 _MOST_MATES = 8
 _FORBIDDEN = -1e4  # finite, and within fp16: a row of it alone is uniform, never NaN
+_UNSCORED = -100
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,12 +102,13 @@ MODELS: Mapping[str, ModelSettings] = {
         num_loops=3,
     ),
     "small": ModelSettings(
-        num_channels=24,
-        num_heads=2,
+        num_channels=32,
+        num_heads=1,
         key_channels=4,
-        value_channels=8,
-        num_blocks=2,
-        num_loops=4,
+        value_channels=16,
+        num_blocks=1,
+        num_loops=8,
+        mlp_ratio=3,
     ),
     "base": ModelSettings(
         num_channels=64,
@@ -172,16 +174,16 @@ class KenKenModel(nn.Module):
         """
         size = alphabet.shape[1]
         state = self._read(tokens, alphabet, relations)
-        allowed = _lines(size, relations.mates)
+        barred = _barred(size, relations.mates, relations.partner.dtype)
         logits = []
         for _ in range(num_loops or self.settings.num_loops):
             for block in self.blocks:
                 if self.settings.recompute and torch.is_grad_enabled():
                     state = checkpoint(
-                        block, state, relations.partner, allowed, use_reentrant=False
+                        block, state, relations.partner, barred, use_reentrant=False
                     )
                 else:
-                    state = block(state, relations.partner, allowed)
+                    state = block(state, relations.partner, barred)
             logits.append(self.head(self.norm(state)).squeeze(-1))
         return torch.stack(logits)
 
@@ -221,17 +223,21 @@ def _features(tokens: Tensor, alphabet: Tensor, relations: Relations) -> Tensor:
     )
 
 
-def _lines(size: int, mates: Tensor) -> Tensor:
-    """Say who sees whom in rows, columns and cages: bool [B, 3, L, L].
+def _barred(size: int, mates: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bar the sight of other rows, columns and cages: [B, 3, 1, L, L].
 
-    A cell without mates sees itself, where its clue passes nothing on.
+    Added to scores: 0 where a cell is seen, else so low that its weight vanishes. A
+    cell without mates sees itself, where its clue passes nothing on.
     """
     cell = torch.arange(size * size, device=mates.device)
     same_row = cell[:, None] // size == cell // size
     same_column = cell[:, None] % size == cell % size
     alone = ~mates.any(dim=-1, keepdim=True) & (cell[:, None] == cell)
     lines = (same_row.expand_as(mates), same_column.expand_as(mates), mates | alone)
-    return torch.stack(lines, dim=1)
+    seen = torch.stack(lines, dim=1)[:, :, None]
+    return torch.zeros(seen.shape, dtype=dtype, device=mates.device).masked_fill(
+        ~seen, _FORBIDDEN
+    )
 
 
 class Block(nn.Module):
@@ -246,18 +252,20 @@ class Block(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.query_key = nn.Linear(width, 2 * 2 * heads * settings.key_channels)
         self.value = nn.Linear(width, 3 * line)  # for lines, cages and the cell itself
-        self.up = nn.Linear(width + 4 * line, hidden)
+        self.up = nn.Linear(width, hidden)
+        self.up_heard = nn.Linear(3 * line, hidden, bias=False)
+        self.up_cell = nn.Linear(line, hidden, bias=False)
         self.down = nn.Linear(hidden, width)
         nn.init.zeros_(self.down.weight)
         nn.init.zeros_(self.down.bias)
 
-    def forward(self, state: Tensor, partner: Tensor, allowed: Tensor) -> Tensor:
+    def forward(self, state: Tensor, partner: Tensor, barred: Tensor) -> Tensor:
         """Run the block.
 
         Args:
             state: [B, L, n, c].
             partner: [B, L, n, n], what accompanies what in the cell's cage.
-            allowed: bool [B, 3, L, L], who sees whom in rows, columns and cages.
+            barred: [B, 3, 1, L, L], added to scores: who does not see whom.
 
         Returns:
             The new state, [B, L, n, c].
@@ -266,25 +274,24 @@ class Block(nn.Module):
         values = functional.relu(self.value(normed)).square()
         line, cage, cell = values.chunk(3, dim=-1)
         row, column, cage = self._attend(
-            normed, line, torch.matmul(partner, cage), allowed
+            normed, line, torch.matmul(partner, cage), barred
         )
-        cell = cell.mean(dim=2, keepdim=True).expand_as(cell)
-        joined = [normed, row + column, (row - column).abs(), cage, cell]
-        hidden = functional.relu(self.up(torch.cat(joined, dim=-1))).square()
+        heard = torch.cat([row + column, (row - column).abs(), cage], dim=-1)
+        hidden = self.up(normed) + self.up_heard(heard)
+        hidden = hidden + self.up_cell(cell.mean(dim=2, keepdim=True))
+        hidden = functional.relu(hidden).square()
         change: Tensor = self.down(hidden)
         return state + change
 
     def _attend(
-        self, normed: Tensor, line: Tensor, cage: Tensor, allowed: Tensor
+        self, normed: Tensor, line: Tensor, cage: Tensor, barred: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Hear the cells of the row, the column and the cage, [B, L, n, H * v] each."""
         scores = self._scores(normed)
-        allowed = allowed[:, :, None]
-        row, column = (
-            scores[:, 0].masked_fill(~allowed[:, i], _FORBIDDEN).softmax(dim=-1)
-            for i in range(2)
+        row, column, mates = (
+            (scores[:, kind] + barred[:, which]).softmax(dim=-1)
+            for kind, which in ((0, 0), (0, 1), (1, 2))
         )
-        mates = scores[:, 1].masked_fill(~allowed[:, 2], _FORBIDDEN).softmax(dim=-1)
         lines = torch.matmul(torch.cat([row, column], dim=2), self._by_head(line))
         heard_row, heard_column = lines.chunk(2, dim=2)
         heard_cage = torch.matmul(mates, self._by_head(cage))
@@ -323,20 +330,29 @@ def _by_cell(heard: Tensor, size: int) -> Tensor:
     return cells
 
 
-def completion_loss(logits: Tensor, batch: PuzzleBatch) -> Tensor:
-    """Average the cross-entropy over hidden cells and loops.
+def completion_loss(
+    logits: Tensor, batch: PuzzleBatch, num_scored: int | None = None
+) -> Tensor:
+    """Average the cross-entropy over hidden cells and the last loops.
+
+    The first loops are left free to prepare: no model can answer after one of them.
 
     Args:
         logits: [R, B, L, n] of every loop.
         batch: The puzzles, with their answers.
+        num_scored: How many of the last loops count. Default: half of them, rounded up.
 
     Returns:
         A scalar, in nats per hidden cell.
     """
-    wanted = batch.answers.masked_fill(~batch.hidden, -100)
+    logits = logits[-(num_scored or (len(logits) + 1) // 2) :]
+    wanted = batch.answers.masked_fill(~batch.hidden, _UNSCORED)
     wanted = wanted.expand(logits.shape[:-1]).reshape(-1)
     total = functional.cross_entropy(
-        logits.reshape(-1, logits.shape[-1]), wanted, ignore_index=-100, reduction="sum"
+        logits.reshape(-1, logits.shape[-1]),
+        wanted,
+        ignore_index=_UNSCORED,
+        reduction="sum",
     )
-    mean: Tensor = total / (wanted != -100).sum().clamp(min=1)
+    mean: Tensor = total / (wanted != _UNSCORED).sum().clamp(min=1)
     return mean
