@@ -214,19 +214,22 @@ def make_unique(
     free = np.full((n, n), -1, dtype=np.int8)
     solutions = np.empty((2, n, n), dtype=np.uint8)
     kept = 0
+    node_cap = np.int64(NODE_CAP)
     for k in range(squares.shape[0]):
         state[0] = fold(key, np.uint64(start + k))
         num = grow_cages(n, state, cage_of)
         op, target = cage_op[kept], cage_target[kept]
         op[:], target[:] = 0, 0
         write_clues(cage_of, num, squares[k], alphabet, state, op, target)
-        cage_id[kept] = cage_of
+        for r in range(n):
+            for c in range(n):
+                cage_id[kept, r, c] = cage_of[r, c]
         identity = puzzle_key(squares[k], cage_id[kept], op, target, num)
         ticket = np.int64(identity % np.uint64(lot[2]))
         if not lot[0] <= ticket < lot[1]:
             continue
         load_cages(ws, cage_id[kept], op, target, num)
-        found, trials, capped = search(ws, num, free, NODE_CAP, solutions)
+        found, trials, capped = search(ws, num, free, node_cap, solutions)
         tally[3 if capped else found] += 1
         if found != 1 or capped:
             continue

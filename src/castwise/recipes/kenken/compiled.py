@@ -5,6 +5,9 @@ use every core, and with its result kept on disk, so that the second run starts 
 once. The kept code lies beside the source, or in the user's cache folder where the
 installation is read-only; where neither can be written, it is compiled anew each run.
 
+A kernel is compiled once more for each *literal* number or bool among its arguments, so
+kernels hand each other typed numbers such as `np.int64(0)`.
+
 numba looks only at the file of the function itself when it decides whether kept code
 is stale. Whoever edits a kernel that kernels of other files call deletes
 `__pycache__/*.nb?` (`make clean` does).

@@ -24,6 +24,7 @@ from castwise.recipes.kenken.compiled import kernel
 from castwise.recipes.kenken.propagation import (
     close_lines,
     count_bits,
+    descend,
     list_cages,
     load_cages,
     make_workspace,
@@ -129,11 +130,10 @@ def search(  # noqa: C901 -- one loop down and up the tree; kernels do not recur
         hint = hints[cell // n, cell % n]
         ws.domain[0, cell] = full if hint < 0 else 1 << np.int64(hint)
     ws.waiting[0] = ws.waiting[1] = full
-    found = nodes = 0
-    if not close_lines(ws, 0) or not list_cages(ws, num_cages):
+    found = nodes = depth = np.int64(0)
+    if not close_lines(ws, depth) or not list_cages(ws, num_cages):
         return found, nodes, False
     ws.waiting[0] = ws.waiting[1] = 0
-    depth = 0
     fits = propagate(ws, depth, num_cages)
     tried, left = ws.tried, ws.left
     while True:
@@ -161,10 +161,7 @@ def search(  # noqa: C901 -- one loop down and up the tree; kernels do not recur
         bit = left[depth] & -left[depth]
         left[depth] ^= bit
         depth += 1
-        ws.domain[depth] = ws.domain[depth - 1]
-        ws.live[depth, :num_cages] = ws.live[depth - 1, :num_cages]
-        ws.waiting[0] = ws.waiting[1] = 0
-        ws.dirty[:num_cages] = 0
+        descend(ws, depth, num_cages)
         narrow(ws, depth, tried[depth - 1], bit)
         fits = propagate(ws, depth, num_cages)
 
@@ -186,10 +183,9 @@ def _solve_chunk(
     """Solve puzzles one after the other into the last four arguments."""
     ws = make_workspace(alphabet)
     for k in range(cage_id.shape[0]):
-        load_cages(ws, cage_id[k], cage_op[k], cage_target[k], num_cages[k])
-        found, nodes, capped = search(
-            ws, num_cages[k], hints[k], node_cap, solutions[k]
-        )
+        num = np.int64(num_cages[k])
+        load_cages(ws, cage_id[k], cage_op[k], cage_target[k], num)
+        found, nodes, capped = search(ws, num, hints[k], node_cap, solutions[k])
         outcome[k] = _UNKNOWN if capped else found
         num_found[k] = found
         num_nodes[k] = nodes

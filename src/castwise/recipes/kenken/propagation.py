@@ -72,7 +72,7 @@ def make_workspace(digits: NDArray[np.int64]) -> Any:
         np.zeros(area, np.int64),
         np.zeros(area, np.int64),
         np.zeros(area + 1, np.int64),
-        np.zeros(_TABLE_ROOM, np.int64),
+        np.empty(_TABLE_ROOM, np.int64),
         np.zeros(area, np.int64),
         np.zeros((area + 1, area), np.int64),
         np.zeros((area + 1, area), np.int64),
@@ -234,7 +234,7 @@ def _enumerate_cage(  # noqa: C901, PLR0912 -- one odometer, its state in locals
 @kernel
 def list_cages(ws: Any, num_cages: int) -> bool:
     """List the tuples of every cage from the domains at depth 0."""
-    begin = 0
+    root = begin = np.int64(0)
     for cage in range(num_cages):
         ws.begin[cage] = begin
         ws.live[0, cage] = -1
@@ -243,7 +243,7 @@ def list_cages(ws: Any, num_cages: int) -> bool:
         room = ws.table.size - begin
         if size * ws.n > _WORD or room == 0:
             continue
-        count = _enumerate_cage(ws, 0, cage, begin, room)
+        count = _enumerate_cage(ws, root, cage, begin, room)
         if count == 0:
             return False
         ws.live[0, cage] = count
@@ -296,7 +296,8 @@ def _revise_unlisted(ws: Any, depth: int, cage: int) -> bool:
         possibilities *= count_bits(ws.domain[depth, ws.cells[first + i]])
         if possibilities > _CHECKING_CAP:
             return True
-    if _enumerate_cage(ws, depth, cage, 0, 0) == 0:
+    nowhere = np.int64(0)
+    if _enumerate_cage(ws, depth, cage, nowhere, nowhere) == 0:
         return False
     for i in range(size):
         cell = ws.cells[first + i]
@@ -330,6 +331,20 @@ def propagate(ws: Any, depth: int, num_cages: int) -> bool:
 
 
 @kernel
+def descend(ws: Any, depth: int, num_cages: int) -> None:
+    """Start a depth from what the one above it knows.
+
+    Loops copy here, because numba compiles array to array assignment slowly.
+    """
+    for cell in range(ws.n * ws.n):
+        ws.domain[depth, cell] = ws.domain[depth - 1, cell]
+    for cage in range(num_cages):
+        ws.live[depth, cage] = ws.live[depth - 1, cage]
+        ws.dirty[cage] = 0
+    ws.waiting[0] = ws.waiting[1] = 0
+
+
+@kernel
 def load_cages(
     ws: Any,
     cage_id: NDArray[np.uint8],
@@ -353,7 +368,8 @@ def load_cages(
         ws.op[cage] = op[cage]
         ws.target[cage] = target[cage]
     filled = ws.value  # scratch
-    filled[:num_cages] = ws.first[:num_cages]
+    for cage in range(num_cages):
+        filled[cage] = ws.first[cage]
     if num_cages:
         for cell in range(area):
             cage = ws.cage_id[cell]

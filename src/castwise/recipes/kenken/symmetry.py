@@ -128,7 +128,7 @@ def canonical_form(square: NDArray[np.uint8]) -> NDArray[np.uint8]:
                 for c in range(n):
                     form[place, grid[top, c]] = grid[r, c]
             if _smaller(form, best):
-                best[:, :] = form
+                best, form = form, best
     return best
 
 
