@@ -1,12 +1,28 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from castwise.errors import SettingsError
-from castwise.optim.clipping import clip_by_global_norm, global_norm
+from castwise.optim.clipping import (
+    clip_adaptively,
+    clip_by_global_norm,
+    clip_by_group,
+    global_norm,
+    name_nonfinite,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def _parameter(weight: torch.Tensor, gradient: torch.Tensor) -> torch.nn.Parameter:
+    parameter = torch.nn.Parameter(weight)
+    parameter.grad = gradient
+    return parameter
 
 
 def test_clipping_gives_the_numbers_of_torch() -> None:
@@ -77,3 +93,86 @@ def test_a_bound_that_is_not_positive_is_refused() -> None:
     for wrong in (0.0, -1.0, math.nan):
         with pytest.raises(SettingsError, match="above 0"):
             clip_by_global_norm([torch.ones(1)], wrong)
+
+
+def test_parameters_that_are_not_finite_are_named() -> None:
+    """The name is that of the model, and only the guilty are named."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    assert name_nonfinite(model.named_parameters()) == ()
+    for bad in (math.nan, -math.inf):
+        assert model[1].weight.grad is not None
+        model[1].weight.grad[0, 1] = bad
+        assert name_nonfinite(model.named_parameters()) == ("1.weight",)
+
+
+def test_each_group_is_clipped_to_its_own_limit() -> None:
+    """A group's own limit wins over the common one, and groups do not mix."""
+    parameters = [_parameter(torch.ones(4), torch.full((4,), 5.0)) for _ in range(3)]
+    optimizer = torch.optim.SGD(
+        [
+            {"params": [parameters[0]], "max_norm": 1.0},
+            {"params": [parameters[1]]},
+            {"params": [parameters[2]], "max_norm": None},
+        ],
+        lr=0.1,
+    )
+    assert clip_by_group(optimizer.param_groups, max_norm=2.0) == [10.0, 10.0, 10.0]
+    norms = [global_norm([p.grad]) for p in parameters if p.grad is not None]
+    assert norms == pytest.approx([1.0, 2.0, 10.0], rel=1e-6)
+
+
+def test_adaptive_clipping_measures_each_row_by_its_weight() -> None:
+    """A row may move by a fraction of itself; zeros may move by that of the floor."""
+    weight = torch.tensor([[3.0, 4.0], [300.0, 400.0], [0.0, 0.0]])
+    gradient = torch.tensor([[3.0, 4.0], [3.0, 4.0], [0.0, 1.0]])
+    parameter = _parameter(weight.bfloat16(), gradient.bfloat16())
+    assert clip_adaptively([parameter], ratio=0.1, floor=1e-2) == 2
+    assert parameter.grad is not None
+    rows = parameter.grad.float().norm(dim=1)
+    assert rows.tolist() == pytest.approx([0.5, 5.0, 1e-3], rel=2**-7)
+    bias = _parameter(torch.tensor([3.0, 4.0]), torch.tensor([30.0, 40.0]))
+    assert clip_adaptively([bias], ratio=0.1) == 1
+    assert bias.grad is not None
+    assert bias.grad.tolist() == pytest.approx([0.3, 0.4], rel=1e-6)
+
+
+def test_adaptive_clipping_leaves_rows_that_are_not_finite() -> None:
+    """They are for the check of the step to find."""
+    gradient = torch.tensor([[math.inf, 0.0], [9.0, 0.0]])
+    parameter = _parameter(torch.ones(2, 2), gradient)
+    assert clip_adaptively([parameter], ratio=0.1) == 1
+    assert parameter.grad is not None
+    assert parameter.grad[0, 0] == math.inf
+
+
+def test_adaptive_limits_that_freeze_the_weights_are_refused() -> None:
+    """A ratio of 0 is no limit."""
+    for wrong in ({"ratio": -1.0}, {"floor": 0.0}):
+        with pytest.raises(SettingsError, match="above 0; got"):
+            clip_adaptively([], **wrong)
+
+
+def _shard_norm(rank: int, folder: str) -> None:
+    """Check the norm in one of two processes; a failure is an exit code."""
+    import torch.distributed as dist
+
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
+    )
+    group = dist.group.WORLD
+    shards = [torch.full((9,), 1e150, dtype=torch.float64)] if rank else []
+    assert global_norm(shards, group) == pytest.approx(3e150, rel=1e-12)
+    both = [torch.full((2 + rank,), 2.0, dtype=torch.bfloat16)]
+    assert global_norm(both, group) == pytest.approx(math.sqrt(20), rel=1e-6)
+    assert global_norm([torch.zeros(1)], group) == 0.0
+    poison = [torch.tensor([math.nan if rank else 1.0])]
+    assert math.isnan(global_norm(poison, group))
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_processes_that_hold_shards_agree_on_the_norm(tmp_path: Path) -> None:
+    """Two processes, each with its shards, get the norm of all of them."""
+    torch.multiprocessing.spawn(_shard_norm, (str(tmp_path),), nprocs=2)
