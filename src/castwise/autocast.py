@@ -35,6 +35,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -131,8 +132,8 @@ def autocast(
     mark = _SWITCHBOARD.enter(device_type, table)
     try:
         with (
-            _marked(mark),
-            _compiled_apart(table),
+            _marked(mark.dtype),
+            _compiled_apart(mark.digest),
             torch.autocast(device_type, dtype, cache_enabled=False),
         ):
             yield
@@ -183,6 +184,14 @@ def check_operators(table: OperatorTable) -> None:
             )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Mark:
+    """What stands for a table where code is compiled."""
+
+    dtype: torch.dtype
+    digest: str
+
+
 class _Switchboard:
     """The kernels in the dispatcher, the table that they follow, and who uses it."""
 
@@ -193,10 +202,11 @@ class _Switchboard:
         self._libraries: dict[str, torch.library.Library] = {}
         self._kernels: dict[tuple[str, str], OperatorKernel] = {}
         self._served: dict[str, OperatorTable] = {}
-        self._marks: dict[str, torch.dtype] = {}
+        self._marks: dict[str, _Mark] = {}
+        self._mark: _Mark | None = None
 
-    def enter(self, device_type: str, table: OperatorTable) -> torch.dtype:
-        """Follow the table on a device; returns the dtype that stands for it."""
+    def enter(self, device_type: str, table: OperatorTable) -> _Mark:
+        """Follow the table on a device; returns what stands for it."""
         if device_type not in DEVICE_TYPES:
             raise SettingsError(
                 f"the operator table works on {' and '.join(DEVICE_TYPES)}, got "
@@ -205,14 +215,14 @@ class _Switchboard:
         with self._lock:
             if self._num_regions and self.table != table:
                 self._refuse_second(table)
-            served = self._served.get(device_type)
-            if served is not table and served != table:
+            if self._served.get(device_type) is not table:
                 _define_late_operators()
                 check_operators(table)
                 self._serve(device_type, table)
-            self.table = table
+            if self._mark is None or self.table is not table:
+                self.table, self._mark = table, self._mark_of(table)
             self._num_regions += 1
-            return self._mark_of(table)
+            return self._mark
 
     def leave(self) -> None:
         """Count one region less; kernels stay, for recomputes."""
@@ -232,7 +242,7 @@ class _Switchboard:
             self._libraries.clear()
             self._kernels.clear()
             self._served.clear()
-            self.table = None
+            self.table = self._mark = None
 
     def _refuse_second(self, table: OperatorTable) -> None:
         assert self.table is not None
@@ -279,13 +289,14 @@ class _Switchboard:
             )
         self._kernels[device_type, _name_of(op)] = kernel
 
-    def _mark_of(self, table: OperatorTable) -> torch.dtype:
+    def _mark_of(self, table: OperatorTable) -> _Mark:
         digest = table.digest()
         if digest not in self._marks:
             if len(self._marks) == len(_MARK_DTYPES):
                 self._marks.clear()
                 _forget_compiled_code()
-            self._marks[digest] = _MARK_DTYPES[len(self._marks)]
+            dtype = _MARK_DTYPES[len(self._marks)]
+            self._marks[digest] = _Mark(dtype=dtype, digest=digest)
         return self._marks[digest]
 
 
@@ -325,7 +336,7 @@ def _marked(mark: torch.dtype) -> Iterator[None]:
 
 
 @contextmanager
-def _compiled_apart(table: OperatorTable) -> Iterator[None]:
+def _compiled_apart(digest: str) -> Iterator[None]:
     """What is compiled in a region stays apart from what is compiled elsewhere.
 
     The caches on disk outlive the mark, so they get the digest as a key. The backward
@@ -334,7 +345,7 @@ def _compiled_apart(table: OperatorTable) -> Iterator[None]:
     """
     compiler, functorch = torch.compiler.config, torch._functorch.config  # noqa: SLF001 -- where the switch is
     tag, backward = compiler.cache_key_tag, functorch.backward_pass_autocast
-    compiler.cache_key_tag = f"{tag}castwise-{table.digest()}"
+    compiler.cache_key_tag = f"{tag}castwise-{digest}"
     functorch.backward_pass_autocast = "off"  # noqa: S105 -- a pass, not a word
     try:
         yield
