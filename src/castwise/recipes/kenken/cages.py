@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from castwise.recipes.kenken.clues import OP_ADD, OP_DIV, OP_GIVEN, OP_MUL, OP_SUB
-from castwise.recipes.kenken.compiled import kernel
+from castwise.recipes.kenken.compiled import kernel, typed
 from castwise.recipes.kenken.exact import search
 from castwise.recipes.kenken.propagation import load_cages, make_workspace
 from castwise.recipes.kenken.streams import below, fold, shuffle
@@ -214,7 +214,7 @@ def make_unique(
     free = np.full((n, n), -1, dtype=np.int8)
     solutions = np.empty((2, n, n), dtype=np.uint8)
     kept = 0
-    node_cap = np.int64(NODE_CAP)
+    node_cap = typed(NODE_CAP)
     for k in range(squares.shape[0]):
         state[0] = fold(key, np.uint64(start + k))
         num = grow_cages(n, state, cage_of)

@@ -6,7 +6,7 @@ once. The kept code lies beside the source, or in the user's cache folder where 
 installation is read-only; where neither can be written, it is compiled anew each run.
 
 A kernel is compiled once more for each *literal* number or bool among its arguments, so
-kernels hand each other typed numbers such as `np.int64(0)`.
+kernels hand each other `typed(0)`.
 
 numba looks only at the file of the function itself when it decides whether kept code
 is stale. Whoever edits a kernel that kernels of other files call deletes
@@ -18,6 +18,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numba
+import numpy as np
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,3 +38,9 @@ def kernel(function: Callable[P, R]) -> Callable[P, R]:
 
 def _compile(function: Any, *, keep: bool) -> Any:
     return numba.njit(nogil=True, error_model="numpy", cache=keep)(function)
+
+
+@kernel
+def typed(number: int) -> int:
+    """Make a number an int64 like any other to the compiler."""
+    return int(np.int64(number))

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from castwise.recipes.kenken.alphabets import digits
-from castwise.recipes.kenken.compiled import kernel
+from castwise.recipes.kenken.compiled import kernel, typed
 from castwise.recipes.kenken.propagation import (
     close_lines,
     count_bits,
@@ -130,7 +130,7 @@ def search(  # noqa: C901 -- one loop down and up the tree; kernels do not recur
         hint = hints[cell // n, cell % n]
         ws.domain[0, cell] = full if hint < 0 else 1 << np.int64(hint)
     ws.waiting[0] = ws.waiting[1] = full
-    found = nodes = depth = np.int64(0)
+    found = nodes = depth = typed(0)
     if not close_lines(ws, depth) or not list_cages(ws, num_cages):
         return found, nodes, False
     ws.waiting[0] = ws.waiting[1] = 0
@@ -183,7 +183,7 @@ def _solve_chunk(
     """Solve puzzles one after the other into the last four arguments."""
     ws = make_workspace(alphabet)
     for k in range(cage_id.shape[0]):
-        num = np.int64(num_cages[k])
+        num = typed(num_cages[k])
         load_cages(ws, cage_id[k], cage_op[k], cage_target[k], num)
         found, nodes, capped = search(ws, num, hints[k], node_cap, solutions[k])
         outcome[k] = _UNKNOWN if capped else found

@@ -28,7 +28,7 @@ from castwise.recipes.kenken.clues import (
     rank_table,
     start_value,
 )
-from castwise.recipes.kenken.compiled import kernel
+from castwise.recipes.kenken.compiled import kernel, typed
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -234,7 +234,7 @@ def _enumerate_cage(  # noqa: C901, PLR0912 -- one odometer, its state in locals
 @kernel
 def list_cages(ws: Any, num_cages: int) -> bool:
     """List the tuples of every cage from the domains at depth 0."""
-    root = begin = np.int64(0)
+    root = begin = typed(0)
     for cage in range(num_cages):
         ws.begin[cage] = begin
         ws.live[0, cage] = -1
@@ -296,7 +296,7 @@ def _revise_unlisted(ws: Any, depth: int, cage: int) -> bool:
         possibilities *= count_bits(ws.domain[depth, ws.cells[first + i]])
         if possibilities > _CHECKING_CAP:
             return True
-    nowhere = np.int64(0)
+    nowhere = typed(0)
     if _enumerate_cage(ws, depth, cage, nowhere, nowhere) == 0:
         return False
     for i in range(size):
