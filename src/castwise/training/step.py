@@ -18,16 +18,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from castwise.autocast import autocast
 from castwise.decision import Decision
 from castwise.errors import StepError
 from castwise.islands import AppliedPolicy, apply_policy, module_facts
-from castwise.islands.products import ProductsHold
 from castwise.loss_scale import LossScale, NonFinite, loss_scale_of
 from castwise.optim.clipping import clip_by_global_norm
 from castwise.training.admission import (
@@ -38,6 +35,7 @@ from castwise.training.admission import (
 )
 from castwise.training.in_force import PrecisionInForce, fit_to_device, held_formats
 from castwise.training.outcome import Skipped, Stepped, writer_of
+from castwise.training.region import Region
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -46,7 +44,6 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.autograd.graph import Node
 
-    from castwise.policy.ops import OperatorTable
     from castwise.policy.rules import Policy
 
 
@@ -161,20 +158,6 @@ class Step:
         )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Region:
-    """What one phase puts into force around the model."""
-
-    compute: str
-    """What modules compute in outside of islands."""
-
-    low: str | None
-    """The low format of the region, if there is one anywhere."""
-
-    table: OperatorTable
-    """What runs low in it."""
-
-
 class Run:
     """A model, its optimizer and a policy in force; made by `prepare`."""
 
@@ -203,7 +186,7 @@ class Run:
         self._loss_scale_decision = loss_scale_decision
         self._open_step: Step | None = None
         self._names: dict[torch.Tensor, str] = {}
-        self._regions: dict[str, _Region] = {}
+        self._regions: dict[str, Region] = {}
 
     @property
     def applied(self) -> AppliedPolicy:
@@ -266,17 +249,10 @@ class Run:
     @contextlib.contextmanager
     def region(self) -> Iterator[None]:
         """Put the precision of the phase into force, and nothing else."""
-        kind = self.device.type
         if self.phase not in self._regions:
-            self._regions[self.phase] = _region_of(self.applied)
-        plan = self._regions[self.phase]
-        with contextlib.ExitStack() as stack:
-            if plan.low is not None:
-                stack.enter_context(autocast(kind, plan.low, plan.table))
-                if plan.low != plan.compute:  # islands alone are low, and enter again
-                    stack.enter_context(torch.autocast(kind, enabled=False))
-            if plan.compute == "tf32":
-                stack.enter_context(ProductsHold(kind, "tf32"))
+            policy = self.applied.bound.policy
+            self._regions[self.phase] = Region.of(policy, self.phase, (self.applied,))
+        with self._regions[self.phase].entered(self.device.type):
             yield
 
     def parameters(self) -> dict[str, torch.Tensor]:
@@ -422,16 +398,4 @@ def prepare(
         loss_scale_decision=decision,
         device=where,
         clip_norm=clip_norm,
-    )
-
-
-def _region_of(applied: AppliedPolicy) -> _Region:
-    """Work out the region of the phase that the model is in."""
-    policy = applied.bound.policy
-    compute = policy.base_precision(phase=applied.phase).compute
-    assert compute is not None
-    return _Region(
-        compute=compute,
-        low=applied.low_format(),
-        table=policy.operator_table(applied.phase),
     )
