@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from castwise.autocast import (
     _MARK_DTYPES,
     _native_category,
+    _Switchboard,
     autocast,
     check_operators,
     install,
@@ -658,19 +659,24 @@ def test_code_compiled_under_another_table_is_not_taken() -> None:
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
-def test_more_tables_than_marks_still_never_take_stale_code() -> None:
+def test_more_tables_than_marks_still_never_take_stale_code(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """When the marks are used up, compiled code is forgotten."""
+    monkeypatch.setattr("castwise.autocast._SWITCHBOARD", _Switchboard())
     run = compiled(lambda x: x.exp())
-    names = ("abs", "ceil", "cos", "floor", "neg", "relu", "sign", "sin")
-    assert 2 * len(names) > len(_MARK_DTYPES)
-    with torch._dynamo.config.patch(recompile_limit=2 * len(names)):
-        for name in names:
-            table = DEFAULT_TABLE.with_category(name, "fp32", "a test")
+    tables = [DEFAULT_TABLE]
+    for name in ("abs", "ceil", "cos", "floor", "neg", "relu", "sign", "sin"):
+        table = DEFAULT_TABLE.with_category(name, "fp32", "a test")
+        tables += [table, table.with_category("exp", "as_is", "a test")]
+    first, again = tables[0], tables[len(_MARK_DTYPES)]
+    assert first.category("exp") != again.category("exp"), "they share a mark"
+    with torch._dynamo.config.patch(recompile_limit=len(tables)):
+        for table in tables:
+            expected = FP32 if table.category("exp") == "fp32" else BF16
             with autocast("cpu", "bf16", table):
-                assert run(low(3)).dtype == FP32
-            table = table.with_category("exp", "as_is", "a test")
-            with autocast("cpu", "bf16", table):
-                assert run(low(3)).dtype == BF16
+                assert run(low(3)).dtype == expected
+    uninstall()
 
 
 @pytest.mark.slow
@@ -679,19 +685,16 @@ def test_more_tables_than_marks_still_never_take_stale_code() -> None:
 def test_the_cache_on_disk_keeps_tables_apart(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
-    """Stale code, second way: a reset, or a new process, finds graphs in the cache."""
+    """Stale code, second way: a new process gives the same mark to another table."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     x = low(3)
-    for region in (
-        torch.autocast("cpu", BF16, cache_enabled=False),
-        autocast("cpu", "bf16"),
-        autocast("cpu", "bf16", NO_EXP),
-        autocast("cpu", "bf16"),
-    ):
+    for table, expected in ((DEFAULT_TABLE, FP32), (NO_EXP, BF16)):
         torch.compiler.reset()
-        with region:
-            inside = torch.compile(lambda x: x.exp() * 1, fullgraph=True)(x).dtype
-            assert inside == x.exp().dtype
+        monkeypatch.setattr("castwise.autocast._SWITCHBOARD", _Switchboard())
+        with autocast("cpu", "bf16", table):
+            run = torch.compile(lambda x: x.exp() * 1, fullgraph=True)
+            assert run(x).dtype == expected
+        uninstall()
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
