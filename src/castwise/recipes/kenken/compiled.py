@@ -10,7 +10,7 @@ kernels hand each other `typed(0)`.
 
 numba looks only at the file of the function itself when it decides whether kept code
 is stale. Whoever edits a kernel that kernels of other files call deletes
-`__pycache__/*.nb?` (`make clean` does).
+`__pycache__/*.nb?` in this folder.
 """
 
 from __future__ import annotations
