@@ -56,6 +56,7 @@ def test_a_clue_is_read_as_all_tuples_that_satisfy_it(
     operation, num_cells, target, repeats = clue
     alphabet = digits(size, mode)
     single, both = np.zeros(size), np.zeros((size, size))
+    required = np.ones((size, size), bool)
     total = 0
     for ranks in product(range(size), repeat=num_cells):
         if np.bincount(ranks).max() > repeats:
@@ -63,12 +64,31 @@ def test_a_clue_is_read_as_all_tuples_that_satisfy_it(
         if holds(operation, tuple(int(alphabet[r]) for r in ranks), target):
             total += 1
             single[ranks[0]] += 1
+            required[ranks[0]] &= np.isin(np.arange(size), ranks[1:])
             if num_cells > 1:
                 both[ranks[0], ranks[1]] += 1
-    support, partner = read_clue(size, mode, operation, target, num_cells, repeats)
-    np.testing.assert_allclose(support, single / max(total, 1), rtol=1e-6)
+    read = read_clue(size, mode, operation, target, num_cells, repeats)
+    np.testing.assert_allclose(read.support, single / max(total, 1), rtol=1e-6)
     wanted = both / np.maximum(single, 1)[:, None]
-    np.testing.assert_allclose(partner, wanted, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(read.partner, wanted, rtol=1e-6, atol=1e-7)
+    np.testing.assert_array_equal(read.required, required & (single > 0)[:, None])
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+def test_terms_of_a_sum_or_product_say_what_is_left_to_the_mates(mode: Mode) -> None:
+    """Given + left is the target; signs multiply to the target's; pairs have none."""
+    values = digits(6, mode)
+    total = read_clue(6, mode, OP_ADD, 7, 3, 2).terms
+    np.testing.assert_allclose(6 * total[:, 0], values, rtol=1e-6)
+    np.testing.assert_allclose(6 * (total[:, 0] + total[:, 1]), 7, rtol=1e-6)
+    product = read_clue(6, mode, OP_MUL, -12, 3, 2).terms
+    np.testing.assert_allclose(
+        2 * (product[:, 0] + product[:, 1]), np.log(12), rtol=1e-6
+    )
+    assert product[:, 2].tolist() == (values < 0).tolist()
+    assert ((product[:, 2] + product[:, 3]) % 2 == 1).all()
+    for operation in (OP_NONE, OP_SUB, OP_DIV):
+        assert not read_clue(6, mode, operation, 2, 2, 1).terms.any()
 
 
 def test_the_shape_of_a_cage_limits_repeats_and_cells_without_cage_know_nothing() -> (
@@ -97,7 +117,8 @@ def test_the_shape_of_a_cage_limits_repeats_and_cells_without_cage_know_nothing(
 
 def test_a_cage_too_large_to_list_passes_for_one_without_a_clue() -> None:
     """25 cells of size 16 have more multisets than are worth listing."""
-    support, partner = read_clue(16, Mode.STANDARD, OP_ADD, 200, 25, 5)
-    assert support.tolist() == pytest.approx([1 / 16] * 16)
-    assert not partner.any()
-    assert read_clue(16, Mode.STANDARD, OP_NONE, 0, 256, 16)[0].sum() == 1
+    read = read_clue(16, Mode.STANDARD, OP_ADD, 200, 25, 5)
+    assert read.support.tolist() == pytest.approx([1 / 16] * 16)
+    assert not read.partner.any()
+    assert not read.required.any()
+    assert read_clue(16, Mode.STANDARD, OP_NONE, 0, 256, 16).support.sum() == 1

@@ -11,8 +11,8 @@ A block mixes in four ways and then runs one MLP on every rank of every cell:
                   heads once more for the column; the MLP is told their sum and their
                   absolute difference, which transposing the puzzle does not change
     cage          heads that see the other cells of the same cage alone; their values
-                  first pass through the clue: rank d hears of the ranks e that may
-                  accompany it (`relations.partner`)
+                  first pass through the clue: rank d hears of the ranks e that may, and
+                  of those that must, accompany it (`relations`)
     cell          the mean over the ranks of the cell itself
 
 One attention weight serves all ranks of a cell: query and key are as long as its whole
@@ -38,12 +38,13 @@ from torch.utils.checkpoint import checkpoint
 
 from castwise.errors import SettingsError
 from castwise.recipes.kenken.alphabets import EMPTY, MAX_SIZE
+from castwise.recipes.kenken.relations import NUM_TERMS
 
 if TYPE_CHECKING:
     from castwise.recipes.kenken.batches import PuzzleBatch
     from castwise.recipes.kenken.relations import Relations
 
-_NUM_FEATURES = 11
+_NUM_FEATURES = 11 + NUM_TERMS
 _NUM_OPERATIONS = 6
 _MOST_MATES = 8
 _FORBIDDEN = -1e4  # finite, and within fp16: a row of it alone is uniform, never NaN
@@ -90,6 +91,11 @@ class ModelSettings:
                 raise SettingsError(
                     f"{name} of a KenKen model must be at least 1; got {value}."
                 )
+        if self.num_heads * self.value_channels % 2:
+            raise SettingsError(
+                "num_heads * value_channels must be even, because cage heads have two "
+                f"kinds of channels; got {self.num_heads} * {self.value_channels}."
+            )
 
 
 MODELS: Mapping[str, ModelSettings] = {
@@ -174,16 +180,17 @@ class KenKenModel(nn.Module):
         """
         size = alphabet.shape[1]
         state = self._read(tokens, alphabet, relations)
+        through = torch.stack([relations.partner, relations.required], dim=2)
         barred = _barred(size, relations.mates, relations.partner.dtype)
         logits = []
         for _ in range(num_loops or self.settings.num_loops):
             for block in self.blocks:
                 if self.settings.recompute and torch.is_grad_enabled():
                     state = checkpoint(
-                        block, state, relations.partner, barred, use_reentrant=False
+                        block, state, through, barred, use_reentrant=False
                     )
                 else:
-                    state = block(state, relations.partner, barred)
+                    state = block(state, through, barred)
             logits.append(self.head(self.norm(state)).squeeze(-1))
         return torch.stack(logits)
 
@@ -198,14 +205,14 @@ class KenKenModel(nn.Module):
 
 
 def _features(tokens: Tensor, alphabet: Tensor, relations: Relations) -> Tensor:
-    """List what is known of every rank of every cell, fp32 [B, L, n, 11]."""
+    """List what is known of every rank of every cell, fp32 [B, L, n, 15]."""
     size = alphabet.shape[1]
     support = relations.support
     hidden = (tokens == EMPTY)[:, :, None].expand_as(support)
     shown = tokens[:, :, None] == alphabet[:, None, :]
     cells = (relations.num_mates + 1)[:, :, None]
     rank = torch.arange(size, device=tokens.device)
-    return torch.stack(
+    own = torch.stack(
         [
             hidden.to(support.dtype),
             shown.to(support.dtype),
@@ -221,6 +228,7 @@ def _features(tokens: Tensor, alphabet: Tensor, relations: Relations) -> Tensor:
         ],
         dim=-1,
     )
+    return torch.cat([own, relations.terms], dim=-1)
 
 
 def _barred(size: int, mates: Tensor, dtype: torch.dtype) -> Tensor:
@@ -259,12 +267,12 @@ class Block(nn.Module):
         nn.init.zeros_(self.down.weight)
         nn.init.zeros_(self.down.bias)
 
-    def forward(self, state: Tensor, partner: Tensor, barred: Tensor) -> Tensor:
+    def forward(self, state: Tensor, through: Tensor, barred: Tensor) -> Tensor:
         """Run the block.
 
         Args:
             state: [B, L, n, c].
-            partner: [B, L, n, n], what accompanies what in the cell's cage.
+            through: [B, L, 2, n, n], which ranks may and must accompany which.
             barred: [B, 3, 1, L, L], added to scores: who does not see whom.
 
         Returns:
@@ -274,7 +282,7 @@ class Block(nn.Module):
         values = functional.relu(self.value(normed)).square()
         line, cage, cell = values.chunk(3, dim=-1)
         row, column, cage = self._attend(
-            normed, line, torch.matmul(partner, cage), barred
+            normed, line, _pass_clue(cage, through), barred
         )
         heard = torch.cat([row + column, (row - column).abs(), cage], dim=-1)
         hidden = self.up(normed) + self.up_heard(heard)
@@ -320,6 +328,20 @@ class Block(nn.Module):
         heads = self.settings.num_heads
         split = values.view(batch, length, size, heads, -1).permute(0, 3, 1, 2, 4)
         return split.reshape(batch, heads, length, -1)
+
+
+def _pass_clue(values: Tensor, through: Tensor) -> Tensor:
+    """Pass half of the channels of each rank to ranks that it may accompany.
+
+    Args:
+        values: [B, L, n, k], of a cell.
+        through: [B, L, 2, n, n]; the other half goes to those that require it.
+
+    Returns:
+        [B, L, n, k], as the mates of the cell shall hear it.
+    """
+    halves = values.view(*values.shape[:-1], 2, -1).transpose(2, 3)
+    return torch.matmul(through, halves).transpose(2, 3).flatten(3)
 
 
 def _by_cell(heard: Tensor, size: int) -> Tensor:

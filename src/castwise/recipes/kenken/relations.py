@@ -5,8 +5,12 @@ ranks {1, 5} or {2, 3}. Nobody wants a network to learn the multiplication table
 in three alphabets at that. So each clue is read once, exactly and alone: all multisets
 of digits that satisfy it, each weighed by the number of its orderings, give
 
-    support[d]     the chance that a cell of the cage holds rank d
-    partner[d, e]  the chance that another given cell of the cage holds e if it holds d
+    support[d]      the chance that a cell of the cage holds rank d
+    partner[d, e]   the chance that another given cell of the cage holds e if it holds d
+    required[d, e]  whether some other cell of the cage must hold e if it holds d
+
+and the numbers of sums and products themselves stand beside them (`terms`): what rank d
+gives to the target and what it leaves to the other cells.
 
 Nothing is propagated from cage to cage or along rows and columns: that is the solving,
 and it is left to the model. The geometry of a cage enters once: a cage that touches r
@@ -36,6 +40,7 @@ if TYPE_CHECKING:
 MODES = tuple(Mode)
 """Modes by their code in tensors."""
 
+NUM_TERMS = 4
 _MOST_MULTISETS = 50_000
 
 
@@ -51,11 +56,35 @@ class Relations(NamedTuple):
     mates: Tensor
     """bool [B, L, L]: another cell of the same cage."""
 
+    required: Tensor
+    """fp32 [B, L, n, n]: 1 where some mate must hold e if the cell holds d."""
+
+    terms: Tensor
+    """fp32 [B, L, n, 4]: what the rank gives to the target and what it leaves to the
+    mates, both in units of the size (sums) or logarithms (products), and whether each
+    of the two is negative (products)."""
+
     operations: Tensor
     """int64 [B, L]: operation code of the cell's clue, 0 without one."""
 
     num_mates: Tensor
     """int64 [B, L]: other cells of the same cage."""
+
+
+class Clue(NamedTuple):
+    """One clue, read alone; the fields are those of `Relations` for a cell of it."""
+
+    support: NDArray[np.float32]
+    """fp32 [n]; zeros if nothing satisfies the clue."""
+
+    partner: NDArray[np.float32]
+    """fp32 [n, n]."""
+
+    required: NDArray[np.float32]
+    """fp32 [n, n]."""
+
+    terms: NDArray[np.float32]
+    """fp32 [n, 4]."""
 
 
 class _Multisets(NamedTuple):
@@ -94,10 +123,27 @@ def _satisfied(table: _Multisets, operation: int, target: int) -> NDArray[np.boo
     return np.array([fits_pair(operation, a, b, target) for a, b in table.pairs])
 
 
+def _terms(
+    values: NDArray[np.int64], operation: int, target: int
+) -> NDArray[np.float32]:
+    """List what each digit gives to a sum or product and leaves: fp32 [n, 4]."""
+    out = np.zeros((len(values), NUM_TERMS), dtype=np.float32)
+    if operation in (OP_GIVEN, OP_ADD):
+        out[:, 0] = values / len(values)
+        out[:, 1] = (target - values) / len(values)
+    elif operation == OP_MUL:
+        given = np.log(np.maximum(np.abs(values), 1))
+        out[:, 0] = given / 2
+        out[:, 1] = (math.log(max(abs(target), 1)) - given) / 2
+        out[:, 2] = values < 0
+        out[:, 3] = (values < 0) != (target < 0)
+    return out
+
+
 @lru_cache(maxsize=1 << 16)
 def read_clue(
     size: int, mode: Mode, operation: int, target: int, num_cells: int, repeats: int
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+) -> Clue:
     """Read one clue alone.
 
     Args:
@@ -109,20 +155,29 @@ def read_clue(
         repeats: How often the geometry lets a digit repeat in the cage.
 
     Returns:
-        support, fp32 [n], and partner, fp32 [n, n]; zeros if nothing satisfies it.
+        What it says.
     """
     table = None if operation == OP_NONE else _multisets(size, mode, num_cells)
+    nothing = np.zeros((size, size), dtype=np.float32)
+    terms = _terms(digits(size, mode), operation, target)
     if table is None:
         support = np.full(size, 1 / size, dtype=np.float32)
-        return support, np.zeros((size, size), dtype=np.float32)
+        return Clue(support=support, partner=nothing, required=nothing, terms=terms)
     holds = _satisfied(table, operation, target)
     holds &= table.counts.max(axis=1) <= repeats
     counts, weight = table.counts[holds], table.orderings[holds]
     single = weight @ counts
     both = np.einsum("m,md,me->de", weight, counts, counts) - np.diag(single)
-    support = single / max(weight.sum() * num_cells, 1.0)
-    partner = both / np.maximum(single * max(num_cells - 1, 1), 1.0)[:, None]
-    return support.astype(np.float32), partner.astype(np.float32)
+    with_rank = (counts > 0).astype(np.float64)
+    lacking = counts[:, None, :] <= np.eye(size)  # [M, d, e]: no e beside one d
+    escapes = np.einsum("md,mde->de", with_rank, lacking)
+    mates = max(num_cells - 1, 1)
+    return Clue(
+        support=(single / max(weight.sum() * num_cells, 1.0)).astype(np.float32),
+        partner=(both / np.maximum(single * mates, 1.0)[:, None]).astype(np.float32),
+        required=((escapes == 0) & (single > 0)[:, None]).astype(np.float32),
+        terms=terms,
+    )
 
 
 def _cage_shapes(
@@ -176,9 +231,14 @@ def relate(
     caged = operations != OP_NONE
     mates = (cage_ids[:, :, None] == cage_ids[:, None, :]) & caged[:, :, None]
     mates &= ~np.eye(length, dtype=np.bool_)
+    support, partner, required, terms = (
+        torch.from_numpy(np.stack(tables)[own]) for tables in zip(*read, strict=True)
+    )
     return Relations(
-        support=torch.from_numpy(np.stack([support for support, _ in read])[own]),
-        partner=torch.from_numpy(np.stack([partner for _, partner in read])[own]),
+        support=support,
+        partner=partner,
+        required=required,
+        terms=terms,
         mates=torch.from_numpy(mates),
         operations=torch.from_numpy(operations),
         num_mates=torch.from_numpy(mates.sum(axis=2)),
