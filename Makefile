@@ -20,7 +20,7 @@ check: $(STAMP)
 	$(BIN)/lint-imports
 
 docs: $(STAMP)                  ## the documentation, built strictly into site/
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 setup: $(STAMP)
 

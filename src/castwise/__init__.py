@@ -10,13 +10,27 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from castwise.checkpoints import CheckpointShelf as CheckpointShelf
+    from castwise.checkpoints import load_checkpoint as load_checkpoint
+    from castwise.checkpoints import save_checkpoint as save_checkpoint
     from castwise.decision import Decision as Decision
     from castwise.errors import CastwiseError as CastwiseError
+    from castwise.islands import AppliedPolicy as AppliedPolicy
+    from castwise.islands import apply_policy as apply_policy
+    from castwise.islands import module_facts as module_facts
     from castwise.loss_scale import DynamicScale as DynamicScale
     from castwise.loss_scale import NoScale as NoScale
     from castwise.loss_scale import StaticScale as StaticScale
+    from castwise.memory.monitor import MemoryMonitor as MemoryMonitor
+    from castwise.numerics.contract import FormatCensus as FormatCensus
+    from castwise.numerics.contract import observe as observe
+    from castwise.policy import OperatorTable as OperatorTable
     from castwise.policy import Policy as Policy
+    from castwise.policy import Precision as Precision
+    from castwise.policy import Rule as Rule
     from castwise.policy import preset as preset
+    from castwise.rounding import round_nearest as round_nearest
+    from castwise.rounding import round_stochastic as round_stochastic
     from castwise.training.step import Run as Run
     from castwise.training.step import Skipped as Skipped
     from castwise.training.step import Stepped as Stepped
@@ -26,17 +40,31 @@ __version__ = "0.1.0"
 
 # public name -> the room that owns it
 _ROOMS = {
+    "AppliedPolicy": "castwise.islands",
     "CastwiseError": "castwise.errors",
+    "CheckpointShelf": "castwise.checkpoints",
     "Decision": "castwise.decision",
     "DynamicScale": "castwise.loss_scale",
+    "FormatCensus": "castwise.numerics.contract",
+    "MemoryMonitor": "castwise.memory.monitor",
     "NoScale": "castwise.loss_scale",
+    "OperatorTable": "castwise.policy",
     "Policy": "castwise.policy",
+    "Precision": "castwise.policy",
+    "Rule": "castwise.policy",
     "Run": "castwise.training.step",
     "Skipped": "castwise.training.step",
     "StaticScale": "castwise.loss_scale",
     "Stepped": "castwise.training.step",
+    "apply_policy": "castwise.islands",
+    "load_checkpoint": "castwise.checkpoints",
+    "module_facts": "castwise.islands",
+    "observe": "castwise.numerics.contract",
     "prepare": "castwise.training.step",
     "preset": "castwise.policy",
+    "round_nearest": "castwise.rounding",
+    "round_stochastic": "castwise.rounding",
+    "save_checkpoint": "castwise.checkpoints",
 }
 
 __all__ = ["__version__", *sorted(_ROOMS)]  # noqa: PLE0604 -- the table is the list

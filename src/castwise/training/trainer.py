@@ -28,7 +28,7 @@ from typing import Any, final
 from torch import Tensor
 
 from castwise.checkpoints import CheckpointShelf
-from castwise.errors import SettingsError
+from castwise.errors import ForeignCheckpointError, SettingsError
 from castwise.memory.monitor import MemoryMonitor
 from castwise.training.averages import Averages
 from castwise.training.display import Display
@@ -202,9 +202,11 @@ class Trainer:
     def resume(self, tree: Mapping[str, Any]) -> None:
         """Continue from the tree of a checkpoint that `fit` wrote.
 
-        Nothing of the tree is trusted to be code; shapes that do not fit raise torch's
-        own error, since the caller compares settings first.
+        Raises:
+            ForeignCheckpointError: Its weights do not fit the model; nothing changed.
+            LossScaleError: It was written under another kind of loss scale.
         """
+        self._refuse_other_weights(tree["model"])
         self._run.model.load_state_dict(tree["model"])
         self._run.optimizer.load_state_dict(tree["optimizer"])
         self._run.load_state_dict(tree["run"])
@@ -216,6 +218,18 @@ class Trainer:
         self._progress.num_skipped = position["num_skipped"]
         self._progress.seconds_before = position["train_seconds"]
         self._journal.rewind(position["step"])
+
+    def _refuse_other_weights(self, stored: Mapping[str, Tensor]) -> None:
+        held = self._run.model.state_dict()
+        for name in sorted(held.keys() | stored.keys()):
+            ours = tuple(held[name].shape) if name in held else "nothing"
+            theirs = tuple(stored[name].shape) if name in stored else "nothing"
+            if ours != theirs:
+                raise ForeignCheckpointError(
+                    f"The checkpoint fits another model: {name} is {theirs} there and "
+                    f"{ours} here; use the version of castwise that wrote it, or start "
+                    "a new run."
+                )
 
     def fit(self) -> FitResult:
         """Train to the last step or to a signal; either way a checkpoint stands."""
