@@ -351,7 +351,12 @@ def cayley() -> None:
             k = layer.hamiltonian.dense()
             exact = turned @ reference.cayley_unitary(k, dt / 2).T
             out = run(mine)
-            upstream = torch.ones_like(out) * (1 - 2j)
+            upstream = torch.randn(
+                128,
+                256,
+                dtype=torch.complex64,
+                generator=torch.Generator().manual_seed(1),
+            )
             layer.zero_grad()
             exact.backward(upstream.to(torch.complex128))
             edges = layer.hamiltonian.ring_weights[0].grad

@@ -406,3 +406,19 @@ def test_unitarity_of_a_broken_step_is_large() -> None:
     step = layer.step
     layer.step = lambda planes: 1.01 * step(planes)  # type: ignore[method-assign]
     assert unitarity(layer).item() == pytest.approx(0.0201, rel=1e-2)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_compiled_model_gives_the_same_bits(solver: str) -> None:
+    """The layer runs eagerly between two graphs, its probe too."""
+    layer = nn.Sequential(CayleyPropagator(16, solver=solver))
+    probe = HealthProbe(layer)
+    psi = wave(3, 16)
+    expected = layer(psi)
+    compiled = torch.compile(layer, backend="aot_eager")
+    leaf = psi.clone().requires_grad_()
+    out = compiled(leaf)
+    out.abs().sum().backward()
+    assert torch.equal(out, expected)
+    assert leaf.grad is not None
+    assert probe.read()["0"].residual <= 1e-6

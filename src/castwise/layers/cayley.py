@@ -212,6 +212,8 @@ class CayleyPropagator(nn.Module):
             seed=seed,
         )
 
+    # a compiled model calls it eagerly, between two graphs
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, psi: Tensor) -> Tensor:
         """Propagate `[..., D]`; real and 16-bit inputs become complex64.
 

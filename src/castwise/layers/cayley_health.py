@@ -118,7 +118,8 @@ class HealthProbe:
             if call % self.interval == 0:
                 self._found[fqn] = _measure(layer, args[0], out)
 
-        return measure
+        hook: Callable[..., None] = torch.compiler.disable(measure)  # type: ignore[no-untyped-call]
+        return hook
 
 
 @torch.no_grad()

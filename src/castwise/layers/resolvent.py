@@ -87,6 +87,8 @@ class ResolventPrecision:
 DEFAULT_PRECISION = ResolventPrecision()
 
 
+# a compiled model calls it eagerly, between two graphs
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def resolvent_diagonal(
     diagonal: Tensor,
     upper: Tensor,

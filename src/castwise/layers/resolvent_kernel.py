@@ -24,6 +24,7 @@ and either keeps LLVM from using vector instructions.
 from __future__ import annotations
 
 import functools
+import threading
 from typing import Any, NamedTuple
 
 import numba
@@ -437,12 +438,21 @@ def compiled() -> Kernel:
     return Kernel(entry(forward), entry(backward))
 
 
+# one scratch per thread and arithmetic: mapping its pages anew would cost as much as a
+# short chain; nothing in it outlives a call
+_per_thread = threading.local()
+
+
 def scratch(
     num_rows: int, length: int, compute: type[np.floating[Any]]
 ) -> tuple[Any, ...]:
-    """Allocate the arguments after `side`: one, s, borders, tile, lanes."""
+    """Return the arguments after `side`: one, s, borders, tile, lanes."""
+    name = compute.__name__
+    s = getattr(_per_thread, name, None)
+    if s is None:
+        s = np.zeros(NUM_FIELDS * int(NEXT), dtype=compute)
+        setattr(_per_thread, name, s)
     num_tiles = -(-length // TILE)
     lanes = 8 if num_rows <= 8 else MAX_LANES
-    s = np.zeros(NUM_FIELDS * int(NEXT), dtype=compute)
     borders = np.zeros((4, max(num_tiles, 2), 2, MAX_LANES), dtype=compute)
     return compute(1), s, borders, TILE, np.uint64(lanes)

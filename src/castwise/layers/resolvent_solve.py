@@ -148,16 +148,18 @@ def adjoint(
     """Run the adjoint from G, 1/u and 1/w by two first-order scans."""
     k = chain.k.to(out.dtype)
     source = -upstream.conj().to(out.dtype) * out * out
-    factor = k * iu[..., :-1] * iu[..., :-1]
-    u = linear_scan(_after_zero(factor.flip(-1)), source.flip(-1)).flip(-1)
+    leftward = _after_zero((k * iu[..., :-1] * iu[..., :-1]).flip(-1))
     bond = None
     if chain.causal:
-        site = u
+        site = u = linear_scan(leftward, source.flip(-1)).flip(-1)
         if need_k:
             bond = -u[..., 1:] * iu[..., :-1]
     else:
-        factor = k * iw[..., 1:] * iw[..., 1:]
-        w = linear_scan(_after_zero(factor), source)
+        rightward = _after_zero(k * iw[..., 1:] * iw[..., 1:])
+        both = linear_scan(  # in one pass: the vector steps are short
+            torch.stack((leftward, rightward)), torch.stack((source.flip(-1), source))
+        )
+        u, w = both[0].flip(-1), both[1]
         site = u + w - source
         if need_k:
             bond = -(u[..., 1:] * iu[..., :-1] + w[..., :-1] * iw[..., 1:])
