@@ -1,6 +1,6 @@
 """The sweep in machine code: one pass over memory, compiled by numba on first use.
 
-A sweep walks over chunks of parameters, span by span. Some 1024 numbers live in
+A sweep walks over chunks of parameters, span by span. Some 512 numbers live in
 the first-level cache while everything happens to them, so that main memory is read once
 and written once:
 
@@ -10,8 +10,8 @@ and written once:
     update                           AdamW, SGD or Lion, as in their twins
     states, weight                -> back to where they came from
 
-Each stage is a loop over at most three arrays: with more, LLVM no longer proves at run
-time that they do not overlap, and does not vectorise. No fast-math is allowed, hence no
+Each stage is a loop over few arrays: with many, LLVM no longer checks at run time that
+they do not overlap, and does not vectorise. No fast-math is allowed, hence no
 fused multiply-add: every operation rounds as the operators of torch do, and the sweep
 equals the twin bit by bit. Where an operation is written differently than mathematics
 would, this is why.
@@ -32,7 +32,7 @@ from numba.extending import intrinsic
 from numba.np.numpy_support import carray
 
 BLOCK = 256  # numbers that share the scale of an 8-bit state
-SPAN = 1024  # numbers that are worked on at a time: five of 4 KiB in the cache
+SPAN = 512  # numbers that are worked on at a time: five of 2 KiB in the cache
 
 ADAMW, SGD, LION = 0, 1, 2
 FP32, BF16, FP16, SPLIT = 0, 1, 2, 3  # formats of a gradient or weight
@@ -211,7 +211,7 @@ def _split(weight: int, remainder: int, n: int, bits: Any) -> None:
     for i in range(n):
         upper = (bits[i] + np.int32(0x8000)) >> np.int32(16)
         high[i] = np.int16(upper)
-        low[i] = np.int16(bits[i] - (upper << np.int32(16)))
+        low[i] = np.int16(bits[i])  # the lower half is the remainder: h << 16 has none
 
 
 @njit(**_COMPILE)  # type: ignore[untyped-decorator]
@@ -220,13 +220,13 @@ def _adamw(n: int, w: Any, g: Any, m: Any, v: Any, root: Any, numbers: Any) -> N
     decay, rise_m, keep_v, rise_v = numbers[1], numbers[2], numbers[3], numbers[4]
     step, unbias, eps = numbers[5], numbers[6], numbers[7]
     for i in range(n):
-        m[i] = m[i] + (g[i] - m[i]) * rise_m
+        value = v[i] * keep_v + (g[i] * g[i]) * rise_v
+        v[i] = value
+        root[i] = np.sqrt(value)
     for i in range(n):
-        v[i] = v[i] * keep_v + (g[i] * g[i]) * rise_v
-    for i in range(n):
-        root[i] = np.sqrt(v[i])
-    for i in range(n):
-        g[i] = (m[i] * step) / (root[i] * unbias + eps)
+        value = m[i] + (g[i] - m[i]) * rise_m
+        m[i] = value
+        g[i] = (value * step) / (root[i] * unbias + eps)
     for i in range(n):
         w[i] = w[i] * decay - g[i]
 
@@ -310,7 +310,9 @@ def sweep(rule: int, table: Any, numbers: Any) -> None:
         table: int64 [chunks, NUM_COLUMNS], rows as above.
         numbers: fp32 [rows, 8]; a chunk names the row that it uses.
     """
-    room = np.zeros((5, SPAN), np.int32)
+    # Parameters begin at the start of a page; scratch that lay a power of two apart
+    # would fall on the same cache lines as they do.
+    room = np.zeros((5, SPAN + 80), np.int32)
     for c in range(table.shape[0]):
         row = table[c]
         for start in range(0, row[COUNT], SPAN):
