@@ -60,6 +60,8 @@ def test_a_small_model_learns_with_it() -> None:
     assert loss.item() < 0.1
 
 
+# Dynamo reads .grad of the tensors that enter the graph after a break
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 def test_a_compiled_model_gives_the_same_gradient() -> None:
     """The resolvent runs eagerly between two graphs."""
     layer = ResolventMixing(8)
