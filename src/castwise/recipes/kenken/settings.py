@@ -35,7 +35,10 @@ class KenKenSettings:
     """Share of the steps for each size; they sum to 1."""
 
     modes: tuple[str, ...] = MODE_NAMES
-    """Alphabets, in equal shares within every batch."""
+    """Alphabets, mixed within every batch."""
+
+    mode_shares: tuple[float, ...] = (1 / 3, 1 / 3, 1 / 3)
+    """Share of the puzzles of a batch for each alphabet; they sum to 1."""
 
     latin_share: float = 0.1
     """Share of the steps that complete Latin squares without cages."""
@@ -138,10 +141,12 @@ class KenKenSettings:
             values = getattr(self, name)
             if len(set(values)) != len(values):
                 raise SettingsError(f"{name} names one of {values} twice.")
-        if len(self.size_shares) != len(self.sizes):
-            raise SettingsError(
-                f"{len(self.sizes)} sizes need as many shares, got {self.size_shares}."
-            )
+        for name in ("size", "mode"):
+            items, shares = getattr(self, f"{name}s"), getattr(self, f"{name}_shares")
+            if len(shares) != len(items):
+                raise SettingsError(
+                    f"{len(items)} {name}s need as many shares, got {shares}."
+                )
 
     def describe(self) -> dict[str, Any]:
         """Return plain data: what a checkpoint holds and a resume is compared with."""
@@ -182,20 +187,24 @@ class KenKenSettings:
         plain = dict(changes)
         if "sizes" in plain:
             plain["sizes"] = _parse_sizes(plain["sizes"])
-            plain["size_shares"] = self._shares_of(plain["sizes"])
+            plain["size_shares"] = _shares(plain["sizes"], self.sizes, self.size_shares)
         if "modes" in plain:
             plain["modes"] = tuple(name.strip() for name in plain["modes"].split(","))
+            plain["mode_shares"] = _shares(plain["modes"], self.modes, self.mode_shares)
         if "num_steps" in plain:
             steps = max(1, plain["num_steps"])
             plain.setdefault("evaluate_every", min(self.evaluate_every, steps))
             plain.setdefault("num_warmup", min(self.num_warmup, steps // 10))
         return replace(self, **plain)
 
-    def _shares_of(self, sizes: tuple[int, ...]) -> tuple[float, ...]:
-        """Keep the preset's proportions; sizes new to it weigh as their mean."""
-        known = dict(zip(self.sizes, self.size_shares, strict=True))
-        weights = [known.get(size, 1.0 / len(self.sizes)) for size in sizes]
-        return tuple(weight / sum(weights) for weight in weights)
+
+def _shares(
+    chosen: tuple[Any, ...], known: tuple[Any, ...], shares: tuple[float, ...]
+) -> tuple[float, ...]:
+    """Keep the preset's proportions; what is new to it weighs as the mean."""
+    weight_of = dict(zip(known, shares, strict=True))
+    weights = [weight_of.get(item, 1.0 / len(known)) for item in chosen]
+    return tuple(weight / sum(weights) for weight in weights)
 
 
 def _parse_sizes(text: str) -> tuple[int, ...]:

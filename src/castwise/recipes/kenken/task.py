@@ -37,7 +37,7 @@ def mixture_of(settings: KenKenSettings) -> Mixture:
         sizes=settings.sizes,
         size_shares=settings.size_shares,
         modes=modes,
-        mode_shares=(1.0 / len(modes),) * len(modes),
+        mode_shares=settings.mode_shares,
         latin_share=settings.latin_share,
         empty_share=settings.empty_share,
         reveal=(0.0, settings.max_reveal),
