@@ -164,7 +164,7 @@ def fp32_error(chain: solve.Chain) -> float:
     at most u |T| Im G_ii / eta. With negative k it is not Hermitian: no bound, inf.
     """
     eta = chain.z.imag.abs().amin()
-    size = (chain.d - chain.z[:, None]).abs().amax()
+    size = chain.d.abs().amax() + chain.z.abs().amax()
     if chain.k.numel():
         if chain.k.is_complex() or chain.k.amin() < 0:
             return float("inf")
