@@ -2,32 +2,45 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-STAMP  := $(VENV)/.installed
+PIP    := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+USER   := $(VENV)/.installed-for-users
+DEV    := $(VENV)/.installed-for-developers
 
+.PHONY: train test check docs accept benchmarks clean
 
-.PHONY: train test check docs accept clean setup
+train: $(USER)          ## train the KenKen solver in bf16, about three minutes on two cores
+	$(BIN)/castwise train kenken --preset small --dtype bf16 $(ARGS)
 
-train: $(STAMP)                 ## train the KenKen solver in bf16, about three minutes on two cores
-	$(BIN)/castwise train kenken --preset small --dtype bf16 --out runs/kenken $(ARGS)
-
-test: $(STAMP) check docs       ## lint, types, storeys, documentation, tests
+test: check docs        ## lint, types, storeys, documentation, tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
 
-check: $(STAMP)
+check: $(DEV)           ## lint, types and storeys alone
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-docs: $(STAMP)                  ## the documentation, built strictly into site/
+docs: $(DEV)            ## the documentation, built strictly into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-setup: $(STAMP)
+accept: $(DEV)          ## minutes of training against thresholds that were frozen before
+	$(BIN)/python benchmarks/accept_kenken.py --json docs/accepted/kenken.json $(ARGS)
 
-$(STAMP): pyproject.toml constraints.txt
+benchmarks: $(DEV)      ## the figures of the README; nothing else should run meanwhile
+	$(BIN)/python benchmarks/kenken_data.py
+	$(BIN)/python benchmarks/kenken_precision.py --runs 1
+
+$(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	touch $(STAMP)
 
-clean:
+$(USER): pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable .
+	touch $@
+
+$(DEV): pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable '.[dev]'
+	touch $@ $(USER)
+
+clean:                  ## forget the environment, built pages and compiled kernels
 	rm -rf $(VENV) site
+	find src -name '*.nb[ci]' -delete

@@ -141,7 +141,7 @@ def measure_start() -> tuple[float, float]:
         environment = os.environ | {"NUMBA_CACHE_DIR": folder}
         times = [
             float(
-                subprocess.run(  # noqa: S603 -- our own program
+                subprocess.run(
                     [sys.executable, "-c", START],
                     env=environment,
                     check=True,
