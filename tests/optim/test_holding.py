@@ -183,6 +183,19 @@ def test_parameters_are_stepped_in_bites_that_change_nothing(
     _assert_split_is_fp32(_maker("AdamW", {"foreach": True}), num_steps=20)
 
 
+def test_large_parameters_are_joined_and_split_as_small_ones_are() -> None:
+    """Machine code does it for large ones, and an expanded layout by operators."""
+    for weight in (torch.randn(331, 257), torch.randn(257, 331).T):
+        theirs, ours = torch.nn.Parameter(weight.clone()), torch.nn.Parameter(weight)
+        plain, optimizer = torch.optim.RMSprop([theirs]), torch.optim.RMSprop([ours])
+        held = hold_weights(optimizer)
+        for step in range(3):
+            _train_step(plain, [theirs], step)
+            _train_step(optimizer, [ours], step)
+        told = held.fp32_weights(torch.nn.ParameterList([ours]))["0"]
+        assert torch.equal(told, theirs.detach())
+
+
 def test_no_fp32_copy_outlives_a_step() -> None:
     """Split means 4 bytes per weight, not 4 and a hidden master."""
     parameter = torch.nn.Parameter(torch.randn(1013, 31))

@@ -360,6 +360,18 @@ def square_sums(table: Any, factor: Any, out: Any) -> None:
             out[c] = _square_sum(table[c], factor, bits, wide)
 
 
+@njit(**_COMPILE)  # type: ignore[untyped-decorator]
+def join(weight: int, remainder: int, full: int, n: int) -> None:
+    """Write the fp32 weights of both pieces at the address `full`."""
+    _join(weight, remainder, n, carray(_pointer(full), (n,), np.int32))
+
+
+@njit(**_COMPILE)  # type: ignore[untyped-decorator]
+def split(weight: int, remainder: int, full: int, n: int) -> None:
+    """Write both pieces of the fp32 weights at the address `full`."""
+    _split(weight, remainder, n, carray(_pointer(full), (n,), np.int32))
+
+
 def version() -> str:
     """Return what compiles the sweep, for reports."""
     return f"numba {numba.__version__}"

@@ -68,6 +68,20 @@ def square_sums(swept: list[Swept], factor: float) -> list[float]:
     return [float(total) for total in totals]
 
 
+def join(high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+    """Do what `pieces.join_16` does, for contiguous tensors on the CPU."""
+    full = torch.empty_like(high, dtype=torch.float32)
+    addresses = high.data_ptr(), low.data_ptr(), full.data_ptr()
+    machine.join(*addresses, full.numel())
+    return full
+
+
+def split(full: torch.Tensor, high: torch.Tensor, low: torch.Tensor) -> None:
+    """Do what `pieces.split_16` does, for contiguous tensors on the CPU."""
+    addresses = high.data_ptr(), low.data_ptr(), full.data_ptr()
+    machine.split(*addresses, full.numel())
+
+
 def _table(
     swept: list[Swept], places: dict[tuple[float, ...], int]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

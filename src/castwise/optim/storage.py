@@ -37,6 +37,8 @@ from castwise.rounding import cast_stochastic
 Extras: TypeAlias = dict[str, torch.Tensor]
 """What a storage keeps beside one weight, by name."""
 
+_LARGE = 1 << 14  # elements: below it, torch's operators stay in the cache
+
 _MIXER = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: spreads small integers apart
 
 
@@ -111,11 +113,22 @@ class SplitStorage(WeightStorage):
 
     def join(self, weight: torch.Tensor, extras: Extras) -> torch.Tensor:
         """Join the pieces."""
-        return join_16(weight, extras["remainder"])
+        low = extras["remainder"]
+        if _worth_machine_code(weight, low):
+            from castwise.optim import machine_table  # noqa: PLC0415 -- imports numba
+
+            return machine_table.join(weight, low)
+        return join_16(weight, low)
 
     def part(self, full: torch.Tensor, weight: torch.Tensor, extras: Extras) -> None:
         """Split the weight again."""
-        split_16(full, weight, extras["remainder"])
+        low = extras["remainder"]
+        if _worth_machine_code(full, weight, low):
+            from castwise.optim import machine_table  # noqa: PLC0415 -- imports numba
+
+            machine_table.split(full, weight, low)
+        else:
+            split_16(full, weight, low)
 
 
 @final
@@ -241,6 +254,14 @@ STORAGES: Mapping[str, type[WeightStorage]] = MappingProxyType(
     }
 )
 """Every storage by its name."""
+
+
+def _worth_machine_code(*tensors: torch.Tensor) -> bool:
+    """Return whether operators of torch would walk through memory many times."""
+    return all(
+        each.device.type == "cpu" and each.is_contiguous() and each.numel() >= _LARGE
+        for each in tensors
+    )
 
 
 def make_storage(
