@@ -40,8 +40,8 @@ class Border:
     compute: str
     """What operators run in; floating inputs are cast to it."""
 
-    output: str
-    """What floating outputs are cast to."""
+    output: str | None
+    """What floating outputs are cast to; `None` hands them out as they are computed."""
 
     device_type: str
     """Whose autocast and whose switches are meant."""
@@ -68,6 +68,8 @@ class Border:
                 with ProductsHold(self.device_type, self._products):
                     outputs = forward(module, *args, **kwargs)
                 self._hold_backward(inward.made, outputs)
+        if self.output is None:
+            return outputs
         return Crossing(dtype_of(self.output)).values(outputs)
 
     @property
