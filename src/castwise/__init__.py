@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from castwise.loss_scale import NoScale as NoScale
     from castwise.loss_scale import StaticScale as StaticScale
     from castwise.memory.monitor import MemoryMonitor as MemoryMonitor
-    from castwise.numerics.contract import FormatCensus as FormatCensus
-    from castwise.numerics.contract import observe as observe
+    from castwise.numerics.census import FormatCensus as FormatCensus
+    from castwise.numerics.census import observe as observe
     from castwise.policy import OperatorTable as OperatorTable
     from castwise.policy import Policy as Policy
     from castwise.policy import Precision as Precision
@@ -45,7 +45,7 @@ _ROOMS = {
     "CheckpointShelf": "castwise.checkpoints",
     "Decision": "castwise.decision",
     "DynamicScale": "castwise.loss_scale",
-    "FormatCensus": "castwise.numerics.contract",
+    "FormatCensus": "castwise.numerics.census",
     "MemoryMonitor": "castwise.memory.monitor",
     "NoScale": "castwise.loss_scale",
     "OperatorTable": "castwise.policy",
@@ -59,7 +59,7 @@ _ROOMS = {
     "apply_policy": "castwise.islands",
     "load_checkpoint": "castwise.checkpoints",
     "module_facts": "castwise.islands",
-    "observe": "castwise.numerics.contract",
+    "observe": "castwise.numerics.census",
     "prepare": "castwise.training.step",
     "preset": "castwise.policy",
     "round_nearest": "castwise.rounding",

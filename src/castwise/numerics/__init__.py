@@ -1,6 +1,6 @@
 """Proof that a policy is good enough, and that it holds.
 
-Storey: above `islands` and `autocast`, below `training`. Candidates come as callables.
+Storey: above `region`, below `training`. Candidates come as callables.
 
-    contract.py   which formats operators really ran in
+    census.py     which formats operators really ran in
 """

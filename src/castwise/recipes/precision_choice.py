@@ -2,7 +2,7 @@
 
 `--dtype`, `--precision` and `--policy` are three ways to say the same thing; two at
 once contradict each other. What then really runs is measured, not assumed: see
-`castwise.numerics.contract`.
+`castwise.numerics.census`.
 """
 
 from __future__ import annotations

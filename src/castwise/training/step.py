@@ -27,6 +27,7 @@ from castwise.errors import StepError
 from castwise.islands import AppliedPolicy, apply_policy, module_facts
 from castwise.loss_scale import LossScale, NonFinite, loss_scale_of
 from castwise.optim.clipping import clip_by_global_norm
+from castwise.region import Region
 from castwise.training.admission import (
     device_of,
     refuse_loss,
@@ -35,7 +36,6 @@ from castwise.training.admission import (
 )
 from castwise.training.in_force import PrecisionInForce, fit_to_device, held_formats
 from castwise.training.outcome import Skipped, Stepped, writer_of
-from castwise.training.region import Region
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from castwise.numerics.contract import FormatCensus
+from castwise.numerics.census import FormatCensus
 from castwise.recipes.kenken.decoding import DecodingSettings, predictor_of
 from castwise.recipes.kenken.drawing import can_draw_boxes, draw_rich
 from castwise.recipes.kenken.measures import Measures

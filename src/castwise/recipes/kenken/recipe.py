@@ -27,7 +27,7 @@ from castwise.checkpoints import CheckpointShelf, refuse_contradictions
 from castwise.decision import Decision
 from castwise.errors import CheckpointError
 from castwise.memory.monitor import MemoryMonitor, steady_allocator
-from castwise.numerics.contract import FormatCensus, observe
+from castwise.numerics.census import FormatCensus, observe
 from castwise.policy import Policy
 from castwise.recipes.device_choice import choose_device
 from castwise.recipes.kenken import closing

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from castwise.numerics.contract import FormatCensus
+from castwise.numerics.census import FormatCensus
 from castwise.recipes.kenken.alphabets import parse_mode
 from castwise.recipes.kenken.dataset import world_note
 from castwise.recipes.kenken.drawing import draw_svg

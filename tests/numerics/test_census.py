@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from castwise.autocast import autocast
 from castwise.islands.products import ProductsHold
-from castwise.numerics.contract import FormatCensus, FormatCount, observe
+from castwise.numerics.census import FormatCensus, FormatCount, observe
 
 
 class Block(nn.Module):
