@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import castwise as cw
 import torch
 from torch import nn
+
+import castwise as cw
 
 
 def train(batches: list[tuple[torch.Tensor, torch.Tensor]]) -> list[str]:

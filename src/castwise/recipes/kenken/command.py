@@ -65,7 +65,7 @@ CHANGES = (
 @click.option(
     "--threads",
     type=click.IntRange(min=1),
-    help="CPU threads of torch.  [default: all cores]",
+    help="CPU threads of torch.  [default: its own choice]",
 )
 @click.option(
     "--data",

@@ -8,7 +8,6 @@ tell      the table by size, mode and fill; report.html; one solved puzzle
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -71,7 +70,7 @@ class Place:
     """Checkpoints that stay, besides the best."""
 
     num_threads: int | None
-    """CPU threads of torch, or None for all cores."""
+    """CPU threads of torch, or None for its own choice."""
 
     data: Path | None
     """Folder that caches puzzles, or None for the user's cache."""
@@ -121,7 +120,8 @@ def train(
         folder=folder.checkpoints, kind=KIND, keep_last=place.keep_last
     )
     plan = _plan(preset, changes, choice, place, folder, shelf)
-    torch.set_num_threads(place.num_threads or os.cpu_count() or 1)
+    if place.num_threads is not None:
+        torch.set_num_threads(place.num_threads)
     steady_allocator()
     with ExitStack() as stack:
         supply = _open_supply(plan, place, console)
