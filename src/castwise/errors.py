@@ -48,6 +48,10 @@ class IslandError(PolicyError):
     """A module cannot be held in the precision that a rule gives it."""
 
 
+class ContractError(PolicyError):
+    """A model did not run in the formats that its policy promises."""
+
+
 class LossScaleError(CastwiseError):
     """The loss scale was used out of order, or has nowhere left to go."""
 
@@ -98,3 +102,11 @@ class MissingExtraError(CastwiseError):
 
 class SolverError(CastwiseError):
     """A solver cannot give the answer that was asked for, and will not guess one."""
+
+
+class PhaseError(CastwiseError):
+    """A phase is unknown, or may not follow the one before it."""
+
+
+class PredictionError(CastwiseError):
+    """A predictor cannot predict this model, or proposed what does not fit it."""

@@ -1,0 +1,26 @@
+"""Training in phases, with a precision for each, and predictions that are verified.
+
+hybrid_trainer.py     HybridTrainer: one step of whatever phase it is
+settings.py           HybridSettings and their builder
+phase_precision.py    MixedPrecisionConfig: the format of each phase
+phases.py             the table of transitions
+predictor.py          the seam; predictors/ are behind it
+prediction.py         one prediction from proposal to landing
+verification.py       two forwards on a fresh batch
+exact_weights.py      weights in fp32, snapshots, rollback
+residuals.py          what predictions got wrong, tensor by tensor
+divergence.py         when the loss leaves its course
+horizon.py, pace.py   how far to predict; what a fall of the loss is worth
+phase_statistics.py   what each phase cost and brought
+"""
+
+from __future__ import annotations
+
+from castwise.hybrid.hybrid_trainer import HybridStep as HybridStep
+from castwise.hybrid.hybrid_trainer import HybridTrainer as HybridTrainer
+from castwise.hybrid.phase_precision import MixedPrecisionConfig as MixedPrecisionConfig
+from castwise.hybrid.phases import Phase as Phase
+from castwise.hybrid.phases import Transition as Transition
+from castwise.hybrid.predictor import Predictor as Predictor
+from castwise.hybrid.predictors import PREDICTORS as PREDICTORS
+from castwise.hybrid.settings import HybridSettings as HybridSettings
