@@ -15,15 +15,19 @@ if TYPE_CHECKING:
     from castwise.checkpoints import save_checkpoint as save_checkpoint
     from castwise.decision import Decision as Decision
     from castwise.errors import CastwiseError as CastwiseError
+    from castwise.hybrid.hybrid_trainer import HybridTrainer as HybridTrainer
     from castwise.islands import AppliedPolicy as AppliedPolicy
     from castwise.islands import apply_policy as apply_policy
     from castwise.islands import module_facts as module_facts
+    from castwise.layers.cayley import CayleyPropagator as CayleyPropagator
+    from castwise.layers.resolvent import resolvent_diagonal as resolvent_diagonal
     from castwise.loss_scale import DynamicScale as DynamicScale
     from castwise.loss_scale import NoScale as NoScale
     from castwise.loss_scale import StaticScale as StaticScale
     from castwise.memory.monitor import MemoryMonitor as MemoryMonitor
     from castwise.numerics.census import FormatCensus as FormatCensus
     from castwise.numerics.census import observe as observe
+    from castwise.optim import hold_weights as hold_weights
     from castwise.policy import OperatorTable as OperatorTable
     from castwise.policy import Policy as Policy
     from castwise.policy import Precision as Precision
@@ -42,10 +46,12 @@ __version__ = "0.1.0"
 _ROOMS = {
     "AppliedPolicy": "castwise.islands",
     "CastwiseError": "castwise.errors",
+    "CayleyPropagator": "castwise.layers.cayley",
     "CheckpointShelf": "castwise.checkpoints",
     "Decision": "castwise.decision",
     "DynamicScale": "castwise.loss_scale",
     "FormatCensus": "castwise.numerics.census",
+    "HybridTrainer": "castwise.hybrid.hybrid_trainer",
     "MemoryMonitor": "castwise.memory.monitor",
     "NoScale": "castwise.loss_scale",
     "OperatorTable": "castwise.policy",
@@ -57,11 +63,13 @@ _ROOMS = {
     "StaticScale": "castwise.loss_scale",
     "Stepped": "castwise.training.step",
     "apply_policy": "castwise.islands",
+    "hold_weights": "castwise.optim",
     "load_checkpoint": "castwise.checkpoints",
     "module_facts": "castwise.islands",
     "observe": "castwise.numerics.census",
     "prepare": "castwise.training.step",
     "preset": "castwise.policy",
+    "resolvent_diagonal": "castwise.layers.resolvent",
     "round_nearest": "castwise.rounding",
     "round_stochastic": "castwise.rounding",
     "save_checkpoint": "castwise.checkpoints",

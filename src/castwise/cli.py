@@ -7,6 +7,7 @@ standard error and exit code 2; a traceback that is still seen is a bug in castw
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -38,6 +39,9 @@ root.add_command(kenken.group)
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a command; turn every mistake of the user into one sentence."""
+    # Threads of torch that spin while they wait lose whole time slices on a busy core:
+    # steps of a small model then take 8 times as long. OpenMP reads this at its start.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         code = root.main(arguments, prog_name="castwise", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
