@@ -2,5 +2,12 @@
 
 Storey: above `region`, below `training`. Candidates come as callables.
 
-    census.py     which formats operators really ran in
+    census.py         which formats operators really ran in
+    contract.py       every operator ran in the format that the policy promises
+    breaches.py       what breaks a contract, and how it is found
+    promise.py        what a policy promises for one call, and whether the call kept it
+    witness.py        every operator of a run beside what it was promised
+    call_site.py      module, source line and name of a call
+    operator_call.py  what one call read, wrote and computed
+    untouched.py      a model that a proof may run, and that is afterwards what it was
 """

@@ -1,0 +1,221 @@
+"""The witness of a run: every operator beside what it was promised.
+
+It stands where the census stands, and asks each call where it came from. A backward
+operator has no source line of its own. It runs for a node of autograd, which carries
+the number it got in the forward, and under that number the forward's site and promise
+were kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.function import FunctionCtx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from castwise.numerics.call_site import CallSite, CallSites
+from castwise.numerics.operator_call import (
+    CAST,
+    OperatorCall,
+    Stage,
+    describe,
+    stage_now,
+)
+from castwise.numerics.promise import Promise, Promises
+
+if TYPE_CHECKING:
+    from torch._ops import OpOverload
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OperatorRun:
+    """All calls of one operator from one line, in one stage and format."""
+
+    op: str
+    """ATen name without overload, as the operator table spells it, or `cast`."""
+
+    module: str | None
+    """fqn of the module that called it; none outside of the model, as in the loss."""
+
+    stage: Stage
+    """Where the calls belong."""
+
+    promised: str
+    """A format, or `widest` (one for all inputs), `as_is` or `undecided`."""
+
+    actual: str
+    """What it ran in: `bf16`, `bf16+fp32`, or `fp32->bf16` for a cast."""
+
+    where: str
+    """`file:line` of the source; in a backward, that of the forward operator."""
+
+    fault: str | None
+    """In which way the promise was broken; none where it was kept."""
+
+    in_graph: bool
+    """Whether it was part of a graph that `torch.compile` captured."""
+
+    num_calls: int
+    """How often it ran."""
+
+    num_flops: int
+    """Operations of matrix products and convolutions; 0 for other operators."""
+
+    num_bytes: int
+    """Bytes of all floating tensors read and written."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Origin:
+    """What is kept of a forward call for the backward that belongs to it."""
+
+    site: CallSite
+    promise: Promise
+
+
+class Witness(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees every call below autocast and autograd, and judges it."""
+
+    def __init__(self, model: nn.Module, promises: Promises) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._sites = CallSites(model)
+        self._promises = promises
+        self._origins: dict[int, _Origin] = {}
+        self._found: dict[tuple[Any, ...], list[int]] = {}
+        self.storages_read: set[int] = set()
+        """Addresses of what forward operators read."""
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Let compiled code run as compiled code; otherwise Dynamo would step aside."""
+        return True
+
+    def runs(self) -> tuple[OperatorRun, ...]:
+        """What was seen so far, in order of first appearance."""
+        return tuple(
+            OperatorRun(
+                op=op,
+                module=module,
+                stage=stage,
+                promised=promised,
+                actual=actual,
+                where=where,
+                fault=fault,
+                in_graph=in_graph,
+                num_calls=amounts[0],
+                num_flops=amounts[1],
+                num_bytes=amounts[2],
+            )
+            for (
+                (op, module, stage, promised, actual, where, fault, in_graph),
+                amounts,
+            ) in self._found.items()
+        )
+
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        tensors = list(_tensors((args, kwargs)))
+        if any(isinstance(tensor, FakeTensor) for tensor in tensors):
+            return result  # a graph is being captured, nothing runs
+        call = describe(func, args, kwargs, result)
+        stage = stage_now()
+        if stage == "backward":
+            if call is not None:
+                self._see_backward(call)
+        else:
+            self._see_forward(func, call, stage, tensors)
+        return result
+
+    def _see_forward(
+        self,
+        func: OpOverload,
+        call: OperatorCall | None,
+        stage: Stage,
+        tensors: list[torch.Tensor],
+    ) -> None:
+        self.storages_read.update(filter(None, map(_address, tensors)))
+        number = torch._C._autograd._get_sequence_nr() - 1  # noqa: SLF001 -- no public way to ask
+        if call is None and number in self._origins:
+            return
+        site = self._sites.here()
+        # A view is nobody's product; its backward is judged like one that stays as is.
+        seen = call or OperatorCall(op=CAST, formats=(), num_bytes=0, num_flops=0)
+        in_place = func._schema.is_mutable and call is not None  # noqa: SLF001 -- the schema has no public name
+        promise = self._promises.forward(seen, site, in_place=in_place)
+        self._origins.setdefault(number, _Origin(site=site, promise=promise))
+        if call is not None:
+            self._record(call, site, promise, stage)
+
+    def _see_backward(self, call: OperatorCall) -> None:
+        node = torch._C._current_autograd_node()  # noqa: SLF001 -- no public way to ask
+        origin = None
+        if node is not None:
+            origin = self._origins.get(node._sequence_nr())  # noqa: SLF001 -- as above
+        if isinstance(node, FunctionCtx):
+            outer = None if origin is None else origin.site.graph_of
+            site = self._sites.here(graph_of=outer)
+            if site.module is None and origin is not None:
+                site = replace(site, module=origin.site.module)
+            judge = (
+                self._promises.custom_backward
+                if site.graph_of is None
+                else self._promises.graph_backward
+            )
+            self._record(call, site, judge(call, site), "backward")
+        elif origin is not None:
+            promise = self._promises.backward(origin.promise, origin.site.module)
+            self._record(call, origin.site, promise, "backward")
+        else:
+            site = self._sites.here()
+            self._record(call, site, self._promises.engine(), "backward")
+
+    def _record(
+        self, call: OperatorCall, site: CallSite, promise: Promise, stage: Stage
+    ) -> None:
+        # The casts of a backward are those of the forward turned round.
+        fault = None
+        if stage != "backward" or call.op != CAST:
+            fault = self._promises.fault(call, site, promise)
+        key = (
+            call.op,
+            site.module,
+            stage,
+            promise.format,
+            call.format,
+            site.where,
+            fault,
+            site.graph_of is not None,
+        )
+        amounts = self._found.setdefault(key, [0, 0, 0])
+        for index, amount in enumerate((1, call.num_flops, call.num_bytes)):
+            amounts[index] += amount
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+
+
+def _address(tensor: torch.Tensor) -> int:
+    """Where a tensor's numbers stand; 0 for one that has none of its own."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):  # sparse, wrappers
+        return 0
