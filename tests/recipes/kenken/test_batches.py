@@ -101,7 +101,7 @@ def test_selecting_and_showing_touch_what_they_should() -> None:
     rows = torch.tensor([4, 1])
     chosen = batch.select(rows)
     assert len(chosen) == 2
-    assert torch.equal(chosen.relations.partner, batch.relations.partner[rows])
+    assert torch.equal(chosen.relations.ways, batch.relations.ways[rows])
     assert torch.equal(chosen.cage_targets, batch.cage_targets[rows])
     shown = chosen.with_tokens(chosen.answer_tokens)
     assert not shown.hidden.any()

@@ -16,7 +16,7 @@ from castwise.recipes.kenken.clues import (
     OP_NONE,
     OP_SUB,
 )
-from castwise.recipes.kenken.relations import read_clue, relate
+from castwise.recipes.kenken.relations import NUM_LEVELS, read_clue, relate
 
 CLUES = [
     (OP_GIVEN, 1, 1, 1),
@@ -48,47 +48,28 @@ def holds(operation: int, values: tuple[int, ...], target: int) -> bool:
 
 @pytest.mark.parametrize("mode", list(Mode))
 @pytest.mark.parametrize("clue", CLUES)
-def test_a_clue_is_read_as_all_tuples_that_satisfy_it(
+def test_a_clue_is_read_as_all_digits_that_satisfy_it(
     mode: Mode, clue: tuple[int, int, int, int]
 ) -> None:
-    """Support and partner are frequencies among all orderings of all solutions."""
+    """Ways are the multisets, and support the frequencies, of all satisfying tuples."""
     size = 5
     operation, num_cells, target, repeats = clue
     alphabet = digits(size, mode)
-    single, both = np.zeros(size), np.zeros((size, size))
-    required = np.ones((size, size), bool)
-    total = 0
+    single, total = np.zeros(size), 0
+    multisets = set()
     for ranks in product(range(size), repeat=num_cells):
-        if np.bincount(ranks).max() > repeats:
+        counts = np.bincount(ranks, minlength=size)
+        if counts.max() > repeats:
             continue
         if holds(operation, tuple(int(alphabet[r]) for r in ranks), target):
             total += 1
             single[ranks[0]] += 1
-            required[ranks[0]] &= np.isin(np.arange(size), ranks[1:])
-            if num_cells > 1:
-                both[ranks[0], ranks[1]] += 1
+            multisets.add(tuple(np.minimum(counts, NUM_LEVELS).tolist()))
     read = read_clue(size, mode, operation, target, num_cells, repeats)
     np.testing.assert_allclose(read.support, single / max(total, 1), rtol=1e-6)
-    wanted = both / np.maximum(single, 1)[:, None]
-    np.testing.assert_allclose(read.partner, wanted, rtol=1e-6, atol=1e-7)
-    np.testing.assert_array_equal(read.required, required & (single > 0)[:, None])
-
-
-@pytest.mark.parametrize("mode", list(Mode))
-def test_terms_of_a_sum_or_product_say_what_is_left_to_the_mates(mode: Mode) -> None:
-    """Given + left is the target; signs multiply to the target's; pairs have none."""
-    values = digits(6, mode)
-    total = read_clue(6, mode, OP_ADD, 7, 3, 2).terms
-    np.testing.assert_allclose(6 * total[:, 0], values, rtol=1e-6)
-    np.testing.assert_allclose(6 * (total[:, 0] + total[:, 1]), 7, rtol=1e-6)
-    product = read_clue(6, mode, OP_MUL, -12, 3, 2).terms
-    np.testing.assert_allclose(
-        2 * (product[:, 0] + product[:, 1]), np.log(12), rtol=1e-6
-    )
-    assert product[:, 2].tolist() == (values < 0).tolist()
-    assert ((product[:, 2] + product[:, 3]) % 2 == 1).all()
-    for operation in (OP_NONE, OP_SUB, OP_DIV):
-        assert not read_clue(6, mode, operation, 2, 2, 1).terms.any()
+    levels = read.ways.reshape(-1, size, NUM_LEVELS) @ np.arange(1, NUM_LEVELS + 1)
+    assert {tuple(way) for way in levels.astype(int).tolist()} == multisets
+    assert read.ways.reshape(-1, size, NUM_LEVELS).sum(axis=2).max(initial=0) <= 1
 
 
 def test_the_shape_of_a_cage_limits_repeats_and_cells_without_cage_know_nothing() -> (
@@ -108,10 +89,15 @@ def test_the_shape_of_a_cage_limits_repeats_and_cells_without_cage_know_nothing(
     assert impossible.tolist() == [0, 0, 0]
     assert relations.num_mates[0].tolist() == [2] * 9
     assert relations.mates[0, 0].nonzero().flatten().tolist() == [1, 4]
+    assert relations.members[0].tolist() == (ids[0] == np.arange(3)[:, None]).tolist()
+    # 1+1+3 and 1+2+2; 1+2+3 alone; nothing
+    assert relations.is_way[0].sum(dim=1).tolist() == [2, 1, 0]
+    assert not relations.ways[0, 2].any()
     none = relate(np.array([2]), ids * 0, np.zeros((1, 1), int), np.zeros((1, 1), int))
     assert none.support.flatten().tolist() == pytest.approx([1 / 3] * 27)
     assert not none.mates.any()
-    assert not none.partner.any()
+    assert not none.members.any()
+    assert not none.is_way.any()
     assert not none.operations.any()
 
 
@@ -119,6 +105,5 @@ def test_a_cage_too_large_to_list_passes_for_one_without_a_clue() -> None:
     """25 cells of size 16 have more multisets than are worth listing."""
     read = read_clue(16, Mode.STANDARD, OP_ADD, 200, 25, 5)
     assert read.support.tolist() == pytest.approx([1 / 16] * 16)
-    assert not read.partner.any()
-    assert not read.required.any()
+    assert not len(read.ways)
     assert read_clue(16, Mode.STANDARD, OP_NONE, 0, 256, 16).support.sum() == 1

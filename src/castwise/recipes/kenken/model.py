@@ -5,15 +5,17 @@ channels for each of its n ranks, so that what holds for one rank is learned for
 
     state  [B, L, n, c]
 
-A block mixes in four ways and then runs one MLP on every rank of every cell:
+A block lets each cell hear four voices, then runs one MLP on every rank of every cell:
 
-    row, column   attention heads that see the cells of the same row alone, and the same
-                  heads once more for the column; the MLP is told their sum and their
-                  absolute difference, which transposing the puzzle does not change
-    cage          heads that see the other cells of the same cage alone; their values
-                  first pass through the clue: rank d hears of the ranks e that may, and
-                  of those that must, accompany it (`relations`)
-    cell          the mean over the ranks of the cell itself
+    line   attention heads that see the cells of the same row alone, and the same heads
+           once more for the column; the MLP is told their sum and their absolute
+           difference, which transposing the puzzle does not change
+    cage   attention heads that see the other cells of the same cage alone
+    clue   attention heads of the cage over the *ways* in which its clue can be
+           satisfied (`relations`): the cells of the cage say what they think of each
+           rank, every way gets the sum of what they think of its ranks, and the cells
+           hear how often each rank occurs in the ways that are left
+    cell   the mean over the ranks of the cell itself
 
 One attention weight serves all ranks of a cell: query and key are as long as its whole
 state. The blocks are few and run `num_loops` times. Each loop ends in logits, and the
@@ -38,13 +40,13 @@ from torch.utils.checkpoint import checkpoint
 
 from castwise.errors import SettingsError
 from castwise.recipes.kenken.alphabets import EMPTY, MAX_SIZE
-from castwise.recipes.kenken.relations import NUM_TERMS
+from castwise.recipes.kenken.relations import NUM_LEVELS
 
 if TYPE_CHECKING:
     from castwise.recipes.kenken.batches import PuzzleBatch
     from castwise.recipes.kenken.relations import Relations
 
-_NUM_FEATURES = 11 + NUM_TERMS
+_NUM_FEATURES = 10
 _NUM_OPERATIONS = 6
 _MOST_MATES = 8
 _FORBIDDEN = -1e4  # finite, and within fp16: a row of it alone is uniform, never NaN
@@ -60,6 +62,9 @@ class ModelSettings:
 
     num_heads: int
     """Heads for lines (rows and columns alike), and as many for cages."""
+
+    num_clue_heads: int
+    """Heads that weigh the ways to satisfy a clue."""
 
     key_channels: int
     """Channels of query and key for each rank and head."""
@@ -91,17 +96,13 @@ class ModelSettings:
                 raise SettingsError(
                     f"{name} of a KenKen model must be at least 1; got {value}."
                 )
-        if self.num_heads * self.value_channels % 2:
-            raise SettingsError(
-                "num_heads * value_channels must be even, because cage heads have two "
-                f"kinds of channels; got {self.num_heads} * {self.value_channels}."
-            )
 
 
 MODELS: Mapping[str, ModelSettings] = {
     "tiny": ModelSettings(
         num_channels=12,
         num_heads=2,
+        num_clue_heads=2,
         key_channels=2,
         value_channels=4,
         num_blocks=1,
@@ -110,6 +111,7 @@ MODELS: Mapping[str, ModelSettings] = {
     "small": ModelSettings(
         num_channels=32,
         num_heads=1,
+        num_clue_heads=4,
         key_channels=4,
         value_channels=16,
         num_blocks=1,
@@ -119,6 +121,7 @@ MODELS: Mapping[str, ModelSettings] = {
     "base": ModelSettings(
         num_channels=64,
         num_heads=4,
+        num_clue_heads=8,
         key_channels=8,
         value_channels=16,
         num_blocks=2,
@@ -180,17 +183,16 @@ class KenKenModel(nn.Module):
         """
         size = alphabet.shape[1]
         state = self._read(tokens, alphabet, relations)
-        through = torch.stack([relations.partner, relations.required], dim=2)
-        barred = _barred(size, relations.mates, relations.partner.dtype)
+        barred = _barred(size, relations.mates, relations.support.dtype)
         logits = []
         for _ in range(num_loops or self.settings.num_loops):
             for block in self.blocks:
                 if self.settings.recompute and torch.is_grad_enabled():
                     state = checkpoint(
-                        block, state, through, barred, use_reentrant=False
+                        block, state, relations, barred, use_reentrant=False
                     )
                 else:
-                    state = block(state, through, barred)
+                    state = block(state, relations, barred)
             logits.append(self.head(self.norm(state)).squeeze(-1))
         return torch.stack(logits)
 
@@ -205,14 +207,14 @@ class KenKenModel(nn.Module):
 
 
 def _features(tokens: Tensor, alphabet: Tensor, relations: Relations) -> Tensor:
-    """List what is known of every rank of every cell, fp32 [B, L, n, 15]."""
+    """List what is known of every rank of every cell, fp32 [B, L, n, 10]."""
     size = alphabet.shape[1]
     support = relations.support
     hidden = (tokens == EMPTY)[:, :, None].expand_as(support)
     shown = tokens[:, :, None] == alphabet[:, None, :]
     cells = (relations.num_mates + 1)[:, :, None]
     rank = torch.arange(size, device=tokens.device)
-    own = torch.stack(
+    return torch.stack(
         [
             hidden.to(support.dtype),
             shown.to(support.dtype),
@@ -221,21 +223,19 @@ def _features(tokens: Tensor, alphabet: Tensor, relations: Relations) -> Tensor:
             (support > 0).to(support.dtype),
             (support * cells).clamp(max=1.5),
             (support * size).clamp(max=4) / 2,
-            relations.partner.diagonal(dim1=2, dim2=3) * support * size,
             (rank / size).to(support.dtype).expand_as(support),
             (rank % 2).to(support.dtype).expand_as(support),
             torch.full_like(support, 1 / size),
         ],
         dim=-1,
     )
-    return torch.cat([own, relations.terms], dim=-1)
 
 
 def _barred(size: int, mates: Tensor, dtype: torch.dtype) -> Tensor:
     """Bar the sight of other rows, columns and cages: [B, 3, 1, L, L].
 
     Added to scores: 0 where a cell is seen, else so low that its weight vanishes. A
-    cell without mates sees itself, where its clue passes nothing on.
+    cell without mates sees itself.
     """
     cell = torch.arange(size * size, device=mates.device)
     same_row = cell[:, None] // size == cell // size
@@ -248,8 +248,41 @@ def _barred(size: int, mates: Tensor, dtype: torch.dtype) -> Tensor:
     )
 
 
+class ClueAttention(nn.Module):
+    """Heads of each cage over the ways in which its clue can be satisfied."""
+
+    def __init__(self, settings: ModelSettings) -> None:
+        super().__init__()
+        self.num_heads = settings.num_clue_heads
+        pooled = settings.num_heads * settings.value_channels
+        self.opinion = nn.Linear(settings.num_channels, pooled)
+        self.potential = nn.Linear(pooled, NUM_LEVELS * self.num_heads)
+
+    def forward(self, normed: Tensor, relations: Relations) -> Tensor:
+        """Hear how often each rank occurs in the ways that are left.
+
+        Args:
+            normed: [B, L, n, c].
+            relations: Members of the cages and the ways of their clues.
+
+        Returns:
+            [B, L, n, NUM_LEVELS * H], the shares of the levels; 0 without a clue.
+        """
+        batch, length, size, _ = normed.shape
+        cages = relations.members.shape[1]
+        opinions = functional.relu(self.opinion(normed)).square()
+        pooled = torch.matmul(relations.members, opinions.flatten(2))
+        potentials = self.potential(pooled.view(batch, cages, size, -1))
+        potentials = potentials.view(batch, cages, size * NUM_LEVELS, self.num_heads)
+        scores = torch.matmul(relations.ways, potentials)
+        scores = scores.masked_fill(~relations.is_way[..., None], _FORBIDDEN)
+        shares = torch.matmul(relations.ways.transpose(2, 3), scores.softmax(dim=2))
+        heard = torch.matmul(relations.members.transpose(1, 2), shares.flatten(2))
+        return heard.view(batch, length, size, NUM_LEVELS * self.num_heads)
+
+
 class Block(nn.Module):
-    """Attention along rows, columns and cages, and an MLP; one residual sum."""
+    """Attention along lines, cages and clues, and an MLP; one residual sum."""
 
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__()
@@ -260,19 +293,23 @@ class Block(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.query_key = nn.Linear(width, 2 * 2 * heads * settings.key_channels)
         self.value = nn.Linear(width, 3 * line)  # for lines, cages and the cell itself
+        self.clue = ClueAttention(settings)
         self.up = nn.Linear(width, hidden)
         self.up_heard = nn.Linear(3 * line, hidden, bias=False)
+        self.up_clue = nn.Linear(
+            NUM_LEVELS * settings.num_clue_heads, hidden, bias=False
+        )
         self.up_cell = nn.Linear(line, hidden, bias=False)
         self.down = nn.Linear(hidden, width)
         nn.init.zeros_(self.down.weight)
         nn.init.zeros_(self.down.bias)
 
-    def forward(self, state: Tensor, through: Tensor, barred: Tensor) -> Tensor:
+    def forward(self, state: Tensor, relations: Relations, barred: Tensor) -> Tensor:
         """Run the block.
 
         Args:
             state: [B, L, n, c].
-            through: [B, L, 2, n, n], which ranks may and must accompany which.
+            relations: What the clues say.
             barred: [B, 3, 1, L, L], added to scores: who does not see whom.
 
         Returns:
@@ -281,14 +318,12 @@ class Block(nn.Module):
         normed = self.norm(state)
         values = functional.relu(self.value(normed)).square()
         line, cage, cell = values.chunk(3, dim=-1)
-        row, column, cage = self._attend(
-            normed, line, _pass_clue(cage, through), barred
-        )
+        row, column, cage = self._attend(normed, line, cage, barred)
         heard = torch.cat([row + column, (row - column).abs(), cage], dim=-1)
         hidden = self.up(normed) + self.up_heard(heard)
+        hidden = hidden + self.up_clue(self.clue(normed, relations))
         hidden = hidden + self.up_cell(cell.mean(dim=2, keepdim=True))
-        hidden = functional.relu(hidden).square()
-        change: Tensor = self.down(hidden)
+        change: Tensor = self.down(functional.relu(hidden).square())
         return state + change
 
     def _attend(
@@ -328,20 +363,6 @@ class Block(nn.Module):
         heads = self.settings.num_heads
         split = values.view(batch, length, size, heads, -1).permute(0, 3, 1, 2, 4)
         return split.reshape(batch, heads, length, -1)
-
-
-def _pass_clue(values: Tensor, through: Tensor) -> Tensor:
-    """Pass half of the channels of each rank to ranks that it may accompany.
-
-    Args:
-        values: [B, L, n, k], of a cell.
-        through: [B, L, 2, n, n]; the other half goes to those that require it.
-
-    Returns:
-        [B, L, n, k], as the mates of the cell shall hear it.
-    """
-    halves = values.view(*values.shape[:-1], 2, -1).transpose(2, 3)
-    return torch.matmul(through, halves).transpose(2, 3).flatten(3)
 
 
 def _by_cell(heard: Tensor, size: int) -> Tensor:

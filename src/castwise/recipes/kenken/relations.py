@@ -1,23 +1,18 @@
-"""What the clues say about each cell, as relations that a model can read.
+"""What the clues say, as relations between cells that a model can read.
 
 A clue is arithmetic: `x 12` in two cells of a 6 x 6 square in STANDARD digits means the
-ranks {1, 5} or {2, 3}. Nobody wants a network to learn the multiplication table, and
-in three alphabets at that. So each clue is read once, exactly and alone: all multisets
-of digits that satisfy it, each weighed by the number of its orderings, give
-
-    support[d]      the chance that a cell of the cage holds rank d
-    partner[d, e]   the chance that another given cell of the cage holds e if it holds d
-    required[d, e]  whether some other cell of the cage must hold e if it holds d
-
-and the numbers of sums and products themselves stand beside them (`terms`): what rank d
-gives to the target and what it leaves to the other cells.
+digits {2, 6} or {3, 4}. Nobody wants a network to learn the multiplication table, and
+in three alphabets at that. So each clue is read once, exactly and alone, as the list of
+its *ways*: all multisets of digits that satisfy it. Each way says of each rank whether
+it occurs once, twice or more often. The ways of a clue, each weighed by the number of
+its orderings, also give the chance that a cell of the cage holds a rank: its *support*.
 
 Nothing is propagated from cage to cage or along rows and columns: that is the solving,
 and it is left to the model. The geometry of a cage enters once: a cage that touches r
 rows and c columns cannot hold a digit more than min(r, c) times.
 
-A cell without a cage supports every rank alike and has no mates. So does a cell of a
-cage with more multisets than `_MOST_MULTISETS`; the model then does without its clue.
+A cell without a cage supports every rank alike, and has no ways and no mates. A clue
+with too many ways to list (`_MOST_MULTISETS`, `_MOST_WAYS`) passes for none.
 """
 
 from __future__ import annotations
@@ -40,29 +35,30 @@ if TYPE_CHECKING:
 MODES = tuple(Mode)
 """Modes by their code in tensors."""
 
-NUM_TERMS = 4
+NUM_LEVELS = 3
+"""A rank occurs once, twice or more often in a way."""
+
 _MOST_MULTISETS = 50_000
+_MOST_WAYS = 1024
 
 
 class Relations(NamedTuple):
-    """The relations of a batch of B puzzles with L = n * n cells."""
+    """The relations of B puzzles with L = n * n cells, C cages and W ways at most."""
 
     support: Tensor
     """fp32 [B, L, n]: chance of each rank by the cell's own clue."""
 
-    partner: Tensor
-    """fp32 [B, L, n, n]: chance of e in a mate if the cell holds d; 0 without one."""
-
     mates: Tensor
     """bool [B, L, L]: another cell of the same cage."""
 
-    required: Tensor
-    """fp32 [B, L, n, n]: 1 where some mate must hold e if the cell holds d."""
+    members: Tensor
+    """fp32 [B, C, L]: 1 for the cells of a cage that has a clue."""
 
-    terms: Tensor
-    """fp32 [B, L, n, 4]: what the rank gives to the target and what it leaves to the
-    mates, both in units of the size (sums) or logarithms (products), and whether each
-    of the two is negative (products)."""
+    ways: Tensor
+    """fp32 [B, C, W, n * NUM_LEVELS]: 1 where the way holds the rank so often."""
+
+    is_way: Tensor
+    """bool [B, C, W]: false behind the last way of a clue."""
 
     operations: Tensor
     """int64 [B, L]: operation code of the cell's clue, 0 without one."""
@@ -72,19 +68,13 @@ class Relations(NamedTuple):
 
 
 class Clue(NamedTuple):
-    """One clue, read alone; the fields are those of `Relations` for a cell of it."""
+    """One clue, read alone."""
 
     support: NDArray[np.float32]
     """fp32 [n]; zeros if nothing satisfies the clue."""
 
-    partner: NDArray[np.float32]
-    """fp32 [n, n]."""
-
-    required: NDArray[np.float32]
-    """fp32 [n, n]."""
-
-    terms: NDArray[np.float32]
-    """fp32 [n, 4]."""
+    ways: NDArray[np.float32]
+    """fp32 [W, n * NUM_LEVELS]."""
 
 
 class _Multisets(NamedTuple):
@@ -123,23 +113,6 @@ def _satisfied(table: _Multisets, operation: int, target: int) -> NDArray[np.boo
     return np.array([fits_pair(operation, a, b, target) for a, b in table.pairs])
 
 
-def _terms(
-    values: NDArray[np.int64], operation: int, target: int
-) -> NDArray[np.float32]:
-    """List what each digit gives to a sum or product and leaves: fp32 [n, 4]."""
-    out = np.zeros((len(values), NUM_TERMS), dtype=np.float32)
-    if operation in (OP_GIVEN, OP_ADD):
-        out[:, 0] = values / len(values)
-        out[:, 1] = (target - values) / len(values)
-    elif operation == OP_MUL:
-        given = np.log(np.maximum(np.abs(values), 1))
-        out[:, 0] = given / 2
-        out[:, 1] = (math.log(max(abs(target), 1)) - given) / 2
-        out[:, 2] = values < 0
-        out[:, 3] = (values < 0) != (target < 0)
-    return out
-
-
 @lru_cache(maxsize=1 << 16)
 def read_clue(
     size: int, mode: Mode, operation: int, target: int, num_cells: int, repeats: int
@@ -158,26 +131,36 @@ def read_clue(
         What it says.
     """
     table = None if operation == OP_NONE else _multisets(size, mode, num_cells)
-    nothing = np.zeros((size, size), dtype=np.float32)
-    terms = _terms(digits(size, mode), operation, target)
     if table is None:
-        support = np.full(size, 1 / size, dtype=np.float32)
-        return Clue(support=support, partner=nothing, required=nothing, terms=terms)
+        return _silent(size)
     holds = _satisfied(table, operation, target)
     holds &= table.counts.max(axis=1) <= repeats
+    if holds.sum() > _MOST_WAYS:
+        return _silent(size)
     counts, weight = table.counts[holds], table.orderings[holds]
-    single = weight @ counts
-    both = np.einsum("m,md,me->de", weight, counts, counts) - np.diag(single)
-    with_rank = (counts > 0).astype(np.float64)
-    lacking = counts[:, None, :] <= np.eye(size)  # [M, d, e]: no e beside one d
-    escapes = np.einsum("md,mde->de", with_rank, lacking)
-    mates = max(num_cells - 1, 1)
+    support = weight @ counts / max(weight.sum() * num_cells, 1.0)
+    levels = np.minimum(counts, NUM_LEVELS)[:, :, None] == np.arange(1, NUM_LEVELS + 1)
+    ways = levels.reshape(len(counts), size * NUM_LEVELS)
+    return Clue(support=support.astype(np.float32), ways=ways.astype(np.float32))
+
+
+def _silent(size: int) -> Clue:
+    """Read a clue that says nothing."""
     return Clue(
-        support=(single / max(weight.sum() * num_cells, 1.0)).astype(np.float32),
-        partner=(both / np.maximum(single * mates, 1.0)[:, None]).astype(np.float32),
-        required=((escapes == 0) & (single > 0)[:, None]).astype(np.float32),
-        terms=terms,
+        support=np.full(size, 1 / size, dtype=np.float32),
+        ways=np.zeros((0, size * NUM_LEVELS), dtype=np.float32),
     )
+
+
+def _padded(clues: list[Clue]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Give clues equal room for ways: fp32 [D, W, n * levels] and bool [D, W]."""
+    most = max([1, *(len(clue.ways) for clue in clues)])
+    ways = np.zeros((len(clues), most, clues[0].ways.shape[1]), dtype=np.float32)
+    is_way = np.zeros((len(clues), most), dtype=np.bool_)
+    for row, clue in enumerate(clues):
+        ways[row, : len(clue.ways)] = clue.ways
+        is_way[row, : len(clue.ways)] = True
+    return ways, is_way
 
 
 def _cage_shapes(
@@ -231,15 +214,14 @@ def relate(
     caged = operations != OP_NONE
     mates = (cage_ids[:, :, None] == cage_ids[:, None, :]) & caged[:, :, None]
     mates &= ~np.eye(length, dtype=np.bool_)
-    support, partner, required, terms = (
-        torch.from_numpy(np.stack(tables)[own]) for tables in zip(*read, strict=True)
-    )
+    ways, is_way = _padded(read)
+    member = (cage_ids[:, None, :] == np.arange(num_cages)[:, None]) & caged[:, None]
     return Relations(
-        support=support,
-        partner=partner,
-        required=required,
-        terms=terms,
+        support=torch.from_numpy(np.stack([clue.support for clue in read])[own]),
         mates=torch.from_numpy(mates),
+        members=torch.from_numpy(member.astype(np.float32)),
+        ways=torch.from_numpy(ways[which]),
+        is_way=torch.from_numpy(is_way[which]),
         operations=torch.from_numpy(operations),
         num_mates=torch.from_numpy(mates.sum(axis=2)),
     )
