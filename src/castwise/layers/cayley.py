@@ -40,7 +40,7 @@ from castwise.layers.phase_rotation import rotate
 
 Solver = Literal["auto", "explicit", "iterative", "chebyshev"]
 
-# beyond it a dense factor of dim^2 numbers is assumed dearer than edges; not measured yet
+# beyond it a dense factor is assumed dearer than edges; not measured yet
 EXPLICIT_LIMIT = 1024
 # above this |K| the fp64 Cholesky factor of I + K^2 loses digits, an LU of I + i K not
 CHOLESKY_LIMIT = 1e3

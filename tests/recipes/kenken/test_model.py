@@ -14,9 +14,11 @@ import torch
 from castwise.errors import SettingsError
 from castwise.recipes.kenken.alphabets import Mode
 from castwise.recipes.kenken.batches import Mixture, PuzzleBatch, batch_of, draw_batch
+from castwise.recipes.kenken.clues import OP_ADD, OP_NONE
 from castwise.recipes.kenken.dataset import generate_puzzle_set
 from castwise.recipes.kenken.model import (
     MODELS,
+    ClueAttention,
     KenKenModel,
     ModelSettings,
     completion_loss,
@@ -134,6 +136,29 @@ def test_cages_tell_modes_apart() -> None:
     model = random_model(MODELS["tiny"])
     changed = forward(model, replace(batch, relations=other))[:, standard]
     assert not torch.allclose(forward(model, batch)[:, standard], changed, atol=1e-3)
+
+
+def test_cells_hear_the_ways_that_are_left_of_their_own_clue() -> None:
+    """Without an opinion the ways of `+ 5` are left alike; who wants a 3 keeps one."""
+    ids = np.array([[0, 0, 1, 1, 0, 1, 2, 2, 2]])
+    ops, targets = np.array([[OP_ADD, OP_NONE, OP_NONE]]), np.array([[5, 0, 0]])
+    relations = relate(np.array([0]), ids, ops, targets)
+    heads = ClueAttention(replace(MODELS["tiny"], num_clue_heads=1))
+    with torch.no_grad():
+        for weight in heads.parameters():
+            weight.zero_()
+        normed = torch.zeros(1, 9, 3, MODELS["tiny"].num_channels)
+        blank = heads(normed, relations)[0]
+        # levels of each rank in 1 + 1 + 3 and in 1 + 2 + 2, at even shares
+        assert blank[0].tolist() == [[0.5, 0.5, 0], [0, 0.5, 0], [0.5, 0, 0]]
+        assert torch.equal(blank[[0, 1, 4]], blank[[0, 0, 0]])
+        assert not blank[[2, 3, 5, 6, 7, 8]].any()
+        normed[:, :, 2] = 1.0
+        heads.opinion.weight.fill_(1.0)
+        heads.potential.weight[0] = 10.0  # a rank that is spoken of shall occur once
+        left = heads(normed, relations)[0]
+    assert left[4].tolist() == [[0, 1, 0], [0, 0, 0], [1, 0, 0]]
+    assert not left[5].any()
 
 
 @pytest.mark.parametrize("size", [3, 6, 9, 16])
