@@ -5,6 +5,7 @@ import importlib
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -921,6 +922,21 @@ def test_without_lightning_the_extra_is_named() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert "pip install 'castwise[lightning]'" in done.stdout
+
+
+def test_the_code_of_the_page_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reader may paste every block on Lightning, in order, into one session."""
+    monkeypatch.chdir(tmp_path)
+    with_head("bf16-mixed").save("policy.yaml")
+    names: dict[str, Any] = {"net": module_of("lightning"), "loader": loader()}
+    page = (Path(__file__).parents[2] / "docs" / "integrations.md").read_text()
+    section = page.partition("## Lightning")[2].partition("\n## ")[0]
+    blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        exec(block, names)  # noqa: S102 -- our own page
 
 
 def test_the_integrations_package_loads_neither_framework() -> None:

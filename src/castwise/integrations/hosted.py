@@ -28,8 +28,8 @@ from castwise.islands.crossing import Crossing
 from castwise.policy.precision import FP32
 from castwise.policy.presets import PRESETS, preset
 from castwise.policy.rules import Policy
-from castwise.training.in_force import fit_to_device
 from castwise.region import Region
+from castwise.training.in_force import fit_to_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -83,15 +83,12 @@ class HostedPolicy:
                 f"unmatched needs to be raise or warn; got {unmatched!r}"
             )
         self.asked = policy
+        self.is_idle = not policy.rules and policy.default.over(FP32) == FP32
+        """Whether the policy asks for nothing: fp32 throughout and no rule."""
         self._fallback, self._unmatched = fallback, unmatched
         self._seats: list[_Seat] = []
         self._phase = "full"
         self._region: Region | None = None
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether the policy asks for nothing: fp32 throughout and no rule."""
-        return not self.asked.rules and self.asked.default.over(FP32) == FP32
 
     @property
     def effective(self) -> Policy:
