@@ -738,3 +738,26 @@ def test_compiled_code_recomputes_in_the_same_formats() -> None:
     run = compiled(model)
     found = gradients(model, lambda: checkpoint(run, x, use_reentrant=False))
     _assert_same_bits(found, expected)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
+def test_a_frame_that_dynamo_gives_up_runs_as_in_eager_code() -> None:
+    """Dynamo must not go on to capture the kernels that such a frame calls."""
+
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scan = nn.LSTM(7, 5, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.scan(x)[0]
+            return out
+
+    model, x = Recurrent(), torch.randn(2, 3, 7)
+    torch._dynamo.reset()
+    run = torch.compile(model, backend="aot_eager")
+    with autocast("cpu", "bf16"):
+        eager, given_up = model(x), run(x)
+    given_up.float().square().mean().backward()
+    assert given_up.dtype is torch.bfloat16
+    assert torch.equal(given_up, eager)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._C._dynamo import eval_frame
 
 if TYPE_CHECKING:
     from torch._ops import OpOverload
@@ -120,6 +121,17 @@ class OperatorKernel:
         # Operators inside this one are not cast again, as in PyTorch's own kernels.
         with torch._C._ExcludeDispatchKeyGuard(self._autocast):  # noqa: SLF001 -- as above
             return run(args, kwargs)
+
+
+# Dynamo captures the operator, not how its call is cast. Where it gives a frame up (a
+# recurrent layer), it would go on to capture the kernels that the frame calls.
+eval_frame.set_code_exec_strategy(
+    OperatorKernel.__call__.__code__,
+    eval_frame._FrameExecStrategy(  # noqa: SLF001 -- the public ways load Dynamo
+        eval_frame._FrameAction.SKIP,  # noqa: SLF001 -- as above
+        eval_frame._FrameAction.SKIP,  # noqa: SLF001 -- as above
+    ),
+)
 
 
 def needs_kernel(op: OpOverload, category: Category) -> bool:

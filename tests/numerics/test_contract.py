@@ -467,3 +467,109 @@ def test_the_summary_is_one_line() -> None:
     assert "\n" not in line
     broken = contract(Rebel("half"), [batch()], loss_fn, BF16).summary()
     assert broken.startswith("contract of plain broken: 1 cast; ")
+
+
+def compiled(model: nn.Module) -> Any:
+    """A model whose captured graphs run as operators."""
+    torch._dynamo.reset()
+    return torch.compile(model, backend="aot_eager", fullgraph=True)
+
+
+@pytest.mark.parametrize("reentrant", [None, False])
+def test_captured_graphs_are_proved_node_by_node(*, reentrant: bool | None) -> None:
+    """Compiled and recomputed: modules, lines, islands and formats as in eager code."""
+    model, data = Model(reentrant=reentrant), batch()
+    eager = contract(model, [data], loss_fn, ISLAND).check()
+    proof = contract(compiled(model), [data], loss_fn, ISLAND).check()
+    assert "in captured graphs" in proof.summary()
+    for module in ("blocks.0.attention.into", "blocks.1.attention", "head"):
+        seen = {
+            (r.op, r.promised, r.actual, r.where)
+            for r in proof.select(module=module, stage="forward")
+            if r.num_flops and r.in_graph
+        }
+        assert seen == {
+            (r.op, r.promised, r.actual, r.where)
+            for r in eager.select(module=module, stage="forward")
+            if r.num_flops
+        }
+    forward = [
+        sum(run.num_flops for run in each.select(module="blocks", stage="forward"))
+        for each in (proof, eager)
+    ]
+    assert forward[0] == forward[1]
+
+
+def test_regional_compilation_tells_instances_apart() -> None:
+    """Blocks share one captured graph; each operator belongs to the block that ran."""
+    model = Model()
+    torch._dynamo.reset()
+    for block in model.blocks:
+        block.compile(backend="aot_eager", fullgraph=True)
+    proof = contract(model, [batch()], loss_fn, BF16).check()
+    inside = {run.module for run in proof.operators if run.in_graph}
+    assert {"blocks.0.mlp.0", "blocks.1.mlp.0"} <= inside
+
+
+@pytest.mark.parametrize(
+    ("how", "module", "text"),
+    [("half", "", "h.half("), ("disabled", "second", "return self.second(x)")],
+)
+def test_breaches_inside_compiled_code_are_named(
+    how: str, module: str, text: str
+) -> None:
+    """A cast by hand, and autocast switched off, in a captured graph."""
+    torch._dynamo.reset()
+    model = torch.compile(Rebel(how), backend="aot_eager")
+    proof = contract(model, [batch()], loss_fn, BF16)
+    assert not only(proof.breaches, kind="coverage")
+    assert {breach.module for breach in proof.breaches} == {module}
+    line = line_of(Rebel.forward, text)
+    assert {b.where.rpartition(":")[2] for b in proof.breaches} == {str(line)}
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
+def test_a_frame_that_dynamo_skipped_has_no_coverage() -> None:
+    """A recurrent layer makes Dynamo skip the frame without an error."""
+
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scan = nn.LSTM(15, 5, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.scan(x)[0]
+
+    contract(Recurrent(), [batch()], loss_fn, BF16).check()
+    torch._dynamo.reset()
+    skipped = torch.compile(Recurrent(), backend="aot_eager")
+    (breach,) = contract(skipped, [batch()], loss_fn, BF16).breaches
+    assert breach.kind == "coverage"
+    assert "Dynamo skipped it" in breach.because
+
+
+def test_a_contract_does_not_recompile_nor_keep_dynamo_away() -> None:
+    """Code compiled before is what is proved, and is still used afterwards."""
+    graphs: list[Any] = []
+
+    def counting(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        backend = torch._dynamo.lookup_backend("aot_eager")
+        return backend(graph, inputs)
+
+    torch._dynamo.reset()
+    model, data = torch.compile(Model(), backend=counting, fullgraph=True), batch()
+    contract(model, [data], loss_fn, BF16).check()
+    contract(model, [data], loss_fn, BF16).check()
+    assert len(graphs) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_generated_kernels_have_no_coverage() -> None:
+    """What Inductor generates is no operator, and the contract says so."""
+    torch._dynamo.reset()
+    model = torch.compile(nn.Sequential(nn.Linear(15, 5), nn.GELU()))
+    proof = contract(model, [batch()], loss_fn, BF16)
+    found = only(proof.breaches, kind="coverage")
+    assert "its backend generates kernels" in found[0].because

@@ -14,7 +14,7 @@ The first three are faults of single operators; `promise` judges them while they
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
@@ -25,7 +25,7 @@ from castwise.islands.crossing import tensors_in
 from castwise.islands.facts import join
 from castwise.numerics.call_site import without_wrapper
 from castwise.numerics.operator_call import CAST, format_name
-from castwise.numerics.witness import OperatorRun
+from castwise.numerics.witness import OperatorRun, Witness
 
 if TYPE_CHECKING:
     from castwise.policy.bound import BoundPolicy
@@ -83,7 +83,7 @@ def coverage(
     model: nn.Module,
     runs: Sequence[OperatorRun],
     compiled: Sequence[str],
-    read: set[int],
+    witness: Witness,
 ) -> Iterator[Breach]:
     """Find what ran unseen.
 
@@ -91,7 +91,7 @@ def coverage(
         model: The model that the policy is on.
         runs: What was seen.
         compiled: The fqns of compiled modules.
-        read: Addresses of what forward operators read.
+        witness: Who saw it.
     """
     forward = [
         run for run in runs if run.stage != "backward" and run.module is not None
@@ -105,19 +105,21 @@ def coverage(
     for fqn in compiled:
         inside = [run for run in forward if is_below(run.module, fqn)]
         if not any(run.in_graph for run in inside):
-            because = (
-                "it is compiled, but Dynamo skipped it, and it ran as eager code"
-                if inside
-                else "it is compiled, and none of its operators could be seen"
-            )
             yield _unseen(
                 fqn,
-                f'{because}; compile it with backend="aot_eager" and fullgraph=True '
-                "for the proof",
+                "it is compiled, but none of its operators ran in a captured graph: "
+                "Dynamo skipped it, or its backend generates kernels, which cannot be "
+                'seen; compile it with backend="aot_eager", fullgraph=True to prove it',
                 "the compiled module",
             )
+    for op, site in witness.hidden.items():
+        because = "what it runs inside of itself could not be seen"
+        yield replace(_unseen(site.module or "", because, op), where=site.where)
     for name, weight in model.named_parameters():
-        if weight.grad is not None and weight.untyped_storage().data_ptr() not in read:
+        if (
+            weight.grad is not None
+            and weight.untyped_storage().data_ptr() not in witness.storages_read
+        ):
             yield _unseen(
                 name.rpartition(".")[0],
                 "it has a gradient, but no operator was seen that read it; the code "

@@ -12,7 +12,9 @@ node; the node remembers the module, the line and the name that it was captured 
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
+import itertools
 import linecache
 import re
 import sys
@@ -40,7 +42,9 @@ _KINDS: dict[str, _Kind] = {
     "<eval_with_key>": "graph",
     f"{_TORCH}/_compile.py": "passage",
     f"{_TORCH}/_dynamo/eval_frame.py": "passage",
+    f"{_TORCH}/_higher_order_ops/": "passage",
     f"{_TORCH}/_ops.py": "passage",
+    f"{_TORCH}/_prims/rng_prims.py": "passage",
     f"{_TORCH}/": "torch",
     f"{_CASTWISE}/autocast_kernels.py": "table",
     f"{_CASTWISE}/numerics/": "witness",
@@ -146,7 +150,7 @@ class CallSites:
 
     def _site_of_node(self, node: Any) -> tuple[str | None, CallSite]:
         """Path below the compiled module, and the site as far as the node knows it."""
-        meta = {} if node is None else node.meta
+        meta = _meta_of(node)
         stack = meta.get("nn_module_stack") or meta.get("fwd_nn_module_stack") or {}
         sources = meta.get("source_fn_stack") or meta.get("fwd_source_fn_stack") or ()
         path: str | None = ""
@@ -214,8 +218,8 @@ def _kind_of_file(file: str) -> _Kind:
 
 def _called_name(frame: FrameType) -> tuple[str | None, bool]:
     """What the source at a frame's instruction calls, and whether with `dtype=`."""
-    positions = list(frame.f_code.co_positions())[frame.f_lasti // 2]
-    first, last, start, end = positions
+    positions = itertools.islice(frame.f_code.co_positions(), frame.f_lasti // 2, None)
+    first, last, start, end = next(positions)
     if first is None or last is None or start is None or end is None:
         return None, False
     file = frame.f_code.co_filename
@@ -262,6 +266,18 @@ def _node_at(frame: FrameType) -> Any:
     return None if at is None else list(module.graph.nodes)[at]
 
 
+def _meta_of(node: Any) -> dict[str, Any]:
+    """What a node remembers; one that AOTAutograd put in asks what it is fed by."""
+    if node is None or "stack_trace" in node.meta:
+        return {} if node is None else node.meta
+    known = [each.meta for each in node.all_input_nodes if "stack_trace" in each.meta]
+    return {
+        name: known[-1][name]
+        for name in ("nn_module_stack", "fwd_nn_module_stack", "stack_trace")
+        if known and name in known[-1]
+    }
+
+
 def _path_below_self(text: str) -> str | None:
     """`L['self'].blocks.0` is `blocks.0`; none for a module that is no attribute."""
     root, bracket, rest = text.partition("]")
@@ -295,6 +311,7 @@ def _join(outer: str, path: str) -> str:
     return f"{outer}.{path}" if outer and path else outer or path
 
 
+@functools.cache
 def _shown(file: str, line: int) -> str:
     """Name a line as short as it stays clear: below the working folder if it is."""
     try:

@@ -277,7 +277,7 @@ def prove(
         device=str(next((w.device for w in inner.parameters()), "cpu")),
         operators=runs,
         breaches=(
-            *coverage(inner, runs, compiled, witness.storages_read),
+            *coverage(inner, runs, compiled, witness),
             *map(breach_of, (each for each in runs if each.fault)),
             *held_otherwise(inner, bound),
             *dict.fromkeys(outputs),

@@ -122,6 +122,7 @@ class Promises:
         self._bound = bound
         self._phase = phase
         self._table = bound.policy.operator_table(phase)
+        self._computes: dict[str | None, str] = {}
         self._known: dict[tuple[str | None, str, str | None, bool], Promise] = {}
         self._allowed = brought | self._formats_of_policy()
 
@@ -244,6 +245,11 @@ class Promises:
         return bare if self._table.entry(bare) else _INSIDE.get(bare, bare)
 
     def _compute(self, module: str | None) -> str:
+        if module not in self._computes:
+            self._computes[module] = self._compute_by_policy(module)
+        return self._computes[module]
+
+    def _compute_by_policy(self, module: str | None) -> str:
         if module is None:
             compute = self._bound.policy.base_precision(phase=self._phase).compute
         else:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import FunctionCtx
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,6 +31,10 @@ from castwise.numerics.promise import Promise, Promises
 
 if TYPE_CHECKING:
     from torch._ops import OpOverload
+
+# A recompute that keeps the random state calls an operator through one of these; it
+# stands among their arguments, the other arguments follow.
+_OPERATOR_AT = {"run_and_save_rng_state": 0, "run_with_rng_state": 1}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,6 +94,10 @@ class Witness(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._found: dict[tuple[Any, ...], list[int]] = {}
         self.storages_read: set[int] = set()
         """Addresses of what forward operators read."""
+        self.hidden: dict[str, CallSite] = {}
+        """Operators that run others inside of themselves, unseen, and from where."""
+
+    supports_higher_order_operators = True
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -119,24 +128,42 @@ class Witness(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self,
-        func: OpOverload,
+        func: OpOverload | HigherOrderOperator,
         types: Iterable[type],
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        self._see(func, args, kwargs, result)
+        return result
+
+    def _see(
+        self,
+        func: OpOverload | HigherOrderOperator,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        result: Any,
+    ) -> None:
+        if isinstance(func, HigherOrderOperator):
+            at = _OPERATOR_AT.get(func._name)  # noqa: SLF001 -- no public name
+            if at is None:
+                self.hidden[func._name] = self._sites.here()  # noqa: SLF001 -- as above
+                return
+            result = result[-1] if at == 0 else result
+            called, args = args[at], args[at + 1 :]
+        else:
+            called = func
         tensors = list(_tensors((args, kwargs)))
         if any(isinstance(tensor, FakeTensor) for tensor in tensors):
-            return result  # a graph is being captured, nothing runs
-        call = describe(func, args, kwargs, result)
+            return  # a graph is being captured, nothing runs
+        call = describe(called, args, kwargs, result)
         stage = stage_now()
         if stage == "backward":
             if call is not None:
                 self._see_backward(call)
         else:
-            self._see_forward(func, call, stage, tensors)
-        return result
+            self._see_forward(called, call, stage, tensors)
 
     def _see_forward(
         self,
