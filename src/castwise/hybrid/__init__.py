@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from castwise.hybrid.hybrid_trainer import HybridStep as HybridStep
 from castwise.hybrid.hybrid_trainer import HybridTrainer as HybridTrainer
+from castwise.hybrid.memory_by_phase import estimate_memory as estimate_memory
 from castwise.hybrid.phase_precision import MixedPrecisionConfig as MixedPrecisionConfig
 from castwise.hybrid.phases import Phase as Phase
 from castwise.hybrid.phases import Transition as Transition
