@@ -25,7 +25,7 @@ from castwise.islands.crossing import tensors_in
 from castwise.islands.facts import join
 from castwise.numerics.call_site import without_wrapper
 from castwise.numerics.operator_call import CAST, format_name
-from castwise.numerics.witness import OperatorRun, Witness
+from castwise.numerics.witness import OperatorRun, Witness, address
 
 if TYPE_CHECKING:
     from castwise.policy.bound import BoundPolicy
@@ -116,10 +116,8 @@ def coverage(
         because = "what it runs inside of itself could not be seen"
         yield replace(_unseen(site.module or "", because, op), where=site.where)
     for name, weight in model.named_parameters():
-        if (
-            weight.grad is not None
-            and weight.untyped_storage().data_ptr() not in witness.storages_read
-        ):
+        where = address(weight)
+        if weight.grad is not None and where and where not in witness.storages_read:
             yield _unseen(
                 name.rpartition(".")[0],
                 "it has a gradient, but no operator was seen that read it; the code "

@@ -172,7 +172,7 @@ class Witness(TorchDispatchMode):  # type: ignore[no-untyped-call]
         stage: Stage,
         tensors: list[torch.Tensor],
     ) -> None:
-        self.storages_read.update(filter(None, map(_address, tensors)))
+        self.storages_read.update(filter(None, map(address, tensors)))
         number = torch._C._autograd._get_sequence_nr() - 1  # noqa: SLF001 -- no public way to ask
         if call is None and number in self._origins:
             return
@@ -240,8 +240,8 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
         yield from _tensors(list(value.values()))
 
 
-def _address(tensor: torch.Tensor) -> int:
-    """Where a tensor's numbers stand; 0 for one that has none of its own."""
+def address(tensor: torch.Tensor) -> int:
+    """Where a tensor's numbers stand; 0 for wrappers and shards."""
     try:
         return tensor.untyped_storage().data_ptr()
     except (NotImplementedError, RuntimeError):  # sparse, wrappers
