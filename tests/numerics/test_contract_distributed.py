@@ -9,6 +9,7 @@ import pytest
 SCRIPT = """
 import sys
 import warnings
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
