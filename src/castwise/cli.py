@@ -39,9 +39,11 @@ root.add_command(kenken.group)
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a command; turn every mistake of the user into one sentence."""
-    # Threads of torch that spin while they wait lose whole time slices on a busy core:
-    # steps of a small model then take 8 times as long. OpenMP reads this at its start.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Threads of torch that spin while they wait lose whole time slices when something
+    # else wants the core (steps of a small model took 8 times as long); threads that
+    # sleep at once wake too late. A short spin is right in both cases. GNU's OpenMP
+    # reads this when torch is loaded.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         code = root.main(arguments, prog_name="castwise", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
