@@ -524,3 +524,27 @@ def test_a_tensor_that_is_overpredicted_learns_its_gain() -> None:
     assert trainer.residuals.gain("over") == pytest.approx(0.5, abs=0.1)
     assert trainer.residuals.gain("right") == pytest.approx(1.0, abs=0.02)
     assert trainer.residuals.last["over"].cosine == pytest.approx(1.0, abs=1e-4)
+
+
+def test_compiled_code_is_kept_when_phases_change() -> None:
+    """One graph for real steps and one for predictions, however often they change."""
+    torch.compiler.reset()
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        del inputs
+        graphs.append(graph)
+        return graph.forward
+
+    task = SmallTask()
+    trainer = HybridTrainer(
+        task.model,
+        task.adamw(),
+        torch.compile(classification_loss, backend=count),
+        settings=settings(verification_z=0.0),
+    )
+    for step in range(60):
+        trainer.step(task.batch(step))
+    assert trainer.statistics.tries > 2
+    assert len(graphs) == 2
+    torch.compiler.reset()
