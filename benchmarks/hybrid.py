@@ -39,7 +39,6 @@ from castwise.training.averages import ExponentialAverage
 from castwise.training.step import prepare
 
 Batch = tuple[Tensor, Tensor]
-TUNING_SEEDS = (100, 101, 102, 103)
 
 
 def cross_entropies(model: nn.Module, batch: Batch) -> Tensor:
@@ -59,7 +58,7 @@ class Problem(ABC):
     evaluate_every: int = 1
     average_decay: float = 0.95
     has_target: bool = True
-    num_tuning_seeds: int = 2
+    tuning_seeds: Sequence[int] = (100, 101)
     target: float
     model: nn.Module
 
@@ -92,8 +91,8 @@ class Problem(ABC):
 class Softmax(Problem):
     """Softmax regression on ill-conditioned features, all data in every batch."""
 
-    rates = (4.0, 5.5, 7.0, 9.0, 11.0)
-    num_tuning_seeds = 4  # some data sets are unstable where others are fastest
+    rates = (4.0, 5.5, 7.0, 8.0, 9.0)
+    tuning_seeds = range(5)  # some data sets are unstable where others are fastest
     max_steps = 900
     evaluate_every = 3
     decay = 1e-4
@@ -247,7 +246,7 @@ class Language(Problem):
     rates = (2e-3, 4e-3, 8e-3, 1.6e-2)
     max_steps = 1500
     evaluate_every = 50
-    num_tuning_seeds = 1
+    tuning_seeds = (100,)
     has_target = False  # trained to the last step; the final loss is compared
     target = -1.0
     length, num_in_batch, width = 48, 12, 48
@@ -427,8 +426,7 @@ def tuned_rate(kind: type[Problem], arm: str) -> tuple[float, bool]:
     scores = {}
     for rate in kind.rates:
         tried = [
-            run_arm(kind(seed), arm, rate, whole=False)
-            for seed in TUNING_SEEDS[: kind.num_tuning_seeds]
+            run_arm(kind(seed), arm, rate, whole=False) for seed in kind.tuning_seeds
         ]
         scores[rate] = max(
             each.seconds if kind.has_target else each.final for each in tried
@@ -531,13 +529,13 @@ def language(seeds: int) -> tuple[dict[str, Any], bool]:
     ARMS["gate 0.4"] = gate
     rate = tuned_rate(Language, "plain")
     found: dict[str, Any] = {}
-    for arm in ("plain", "gate 0.4"):
-        runs = [
-            run_arm(Language(seed), arm, rate[0], whole=False) for seed in range(seeds)
-        ]
+    outcomes: dict[str, list[Outcome]] = {"plain": [], "gate 0.4": []}
+    for seed in range(seeds):
+        for arm, runs in outcomes.items():
+            runs.append(run_arm(Language(seed), arm, rate[0], whole=False))
+    for arm, runs in outcomes.items():
+        print(line_of(arm, rate, runs, outcomes["plain"]), flush=True)
         found[arm] = {"rate": rate[0], "runs": [vars(each) for each in runs]}
-        plain = [Outcome(**run) for run in found["plain"]["runs"]]
-        print(line_of(arm, rate, runs, plain), flush=True)
     finals = [[run["final"] for run in found[arm]["runs"]] for arm in found]
     noise = statistics.stdev(finals[0])
     accepted = max(run["accepts"] for run in found["gate 0.4"]["runs"])
@@ -546,7 +544,6 @@ def language(seeds: int) -> tuple[dict[str, Any], bool]:
         check("accepted jumps in 1,500 steps", accepted, most=5),
         check("rise of the final loss in deviations of plain", difference / noise,
               most=2.0, least=-float("inf")),
-        check("time over plain", ratio(found, "gate 0.4", "seconds"), most=1.05),
     ]  # fmt: skip
     return found, all(holds)
 
@@ -560,13 +557,15 @@ def shut(seeds: int) -> tuple[dict[str, Any], bool]:
         for arm in ("bare", "plain", "shut"):
             problem = Language(seed)
             calls.append(stepper(problem, problem.optimizer(2e-3), arm)[0])
-        times: list[list[float]] = [[], [], []]
-        for step in range(300):
+        blocks: list[list[float]] = [[], [], []]
+        for first in range(0, 400, 20):  # one end of a window in each block
             for each, call in enumerate(calls):
+                batches = [problem.batch(first + step) for step in range(20)]
                 started = time.thread_time()
-                call(problem.batch(step))
-                times[each].append(time.thread_time() - started)
-        middle = [statistics.fmean(sorted(each)[30:-30]) for each in times]
+                for batch in batches:
+                    call(batch)
+                blocks[each].append(time.thread_time() - started)
+        middle = [statistics.median(each[1:]) for each in blocks]
         ratios.append((middle[2] / middle[1], middle[2] / middle[0]))
         print(
             f"seed {seed}: over run.step x{ratios[-1][0]:.3f}, "
