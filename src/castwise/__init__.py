@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from castwise.memory.monitor import MemoryMonitor as MemoryMonitor
     from castwise.numerics.census import FormatCensus as FormatCensus
     from castwise.numerics.census import observe as observe
+    from castwise.numerics.contract import Contract as Contract
+    from castwise.numerics.contract import contract as contract
     from castwise.optim import hold_weights as hold_weights
     from castwise.policy import OperatorTable as OperatorTable
     from castwise.policy import Policy as Policy
@@ -48,6 +50,7 @@ _ROOMS = {
     "CastwiseError": "castwise.errors",
     "CayleyPropagator": "castwise.layers.cayley",
     "CheckpointShelf": "castwise.checkpoints",
+    "Contract": "castwise.numerics.contract",
     "Decision": "castwise.decision",
     "DynamicScale": "castwise.loss_scale",
     "FormatCensus": "castwise.numerics.census",
@@ -63,6 +66,7 @@ _ROOMS = {
     "StaticScale": "castwise.loss_scale",
     "Stepped": "castwise.training.step",
     "apply_policy": "castwise.islands",
+    "contract": "castwise.numerics.contract",
     "hold_weights": "castwise.optim",
     "load_checkpoint": "castwise.checkpoints",
     "module_facts": "castwise.islands",
