@@ -25,7 +25,7 @@ import castwise
 from castwise.checkpoints import CheckpointShelf, refuse_contradictions
 from castwise.decision import Decision
 from castwise.errors import CheckpointError
-from castwise.memory.monitor import MemoryMonitor, steady_allocator
+from castwise.memory.monitor import MemoryMonitor
 from castwise.numerics.census import FormatCensus, observe
 from castwise.policy import Policy
 from castwise.recipes.device_choice import choose_device
@@ -122,7 +122,6 @@ def train(
     plan = _plan(preset, changes, choice, place, folder, shelf)
     if place.num_threads is not None:
         torch.set_num_threads(place.num_threads)
-    steady_allocator()
     with ExitStack() as stack:
         supply = _open_supply(plan, place, console)
         built = _build(plan, supply, folder, shelf, stack, console)
