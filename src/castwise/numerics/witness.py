@@ -244,5 +244,5 @@ def address(tensor: torch.Tensor) -> int:
     """Where a tensor's numbers stand; 0 for wrappers and shards."""
     try:
         return tensor.untyped_storage().data_ptr()
-    except (NotImplementedError, RuntimeError):  # sparse, wrappers
+    except RuntimeError:  # sparse tensors and wrappers have no storage of their own
         return 0
