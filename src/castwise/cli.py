@@ -1,4 +1,4 @@
-"""The command line: `castwise train RECIPE`, `castwise kenken ...`.
+"""The command line: `castwise train RECIPE`, `castwise contract FILE.py:FUNCTION`, ...
 
 This room imports no torch: commands fetch what they need when they run, so that
 `castwise --help` answers at once. Every mistake of a user ends here as one sentence on
@@ -15,6 +15,7 @@ from typing import NoReturn
 import click
 
 import castwise
+from castwise.commands import contract, example
 from castwise.errors import CastwiseError
 from castwise.recipes.kenken import command as kenken
 
@@ -35,6 +36,8 @@ def train() -> None:
 
 train.add_command(kenken.train)
 root.add_command(kenken.group)
+for room in (contract, example):
+    root.add_command(room.command)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

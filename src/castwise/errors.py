@@ -96,6 +96,14 @@ class DataError(CastwiseError):
     """A data set is damaged, of another version, or too small for what was asked."""
 
 
+class TargetError(CastwiseError):
+    """A model, its batches or its loss cannot be used as given; the line is named."""
+
+
+class BudgetError(CastwiseError):
+    """An error or byte budget cannot be met; the message says by how much."""
+
+
 class MissingExtraError(CastwiseError):
     """An optional package is missing; the message names the extra that brings it."""
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from castwise.autocast import _SWITCHBOARD, install
-from castwise.errors import ContractError, IslandError, SettingsError
+from castwise.errors import ContractError, IslandError, TargetError
 from castwise.islands import apply_policy, module_facts
 from castwise.islands.border import Border
 from castwise.islands.crossing import Crossing
@@ -439,9 +439,9 @@ def test_an_exception_leaves_no_trace() -> None:
 def test_bad_input_says_what_to_do() -> None:
     """Batches, losses and models that already have a policy."""
     x, y = batch()
-    with pytest.raises(SettingsError, match=r"batches of \(inputs\.\.\., target\)"):
+    with pytest.raises(TargetError, match=r"batches of \(inputs\.\.\., target\)"):
         contract(Model(), (x, y), loss_fn, BF16)  # type: ignore[arg-type]
-    with pytest.raises(SettingsError, match="a loss of one number"):
+    with pytest.raises(TargetError, match="a loss of one number"):
         contract(Model(), [(x, y)], lambda logits, _: logits, BF16)
     model = Model()
     apply_policy(model, ISLAND.bind(module_facts(model)), "cpu")

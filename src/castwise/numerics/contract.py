@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from castwise.dtypes import dtype_of
-from castwise.errors import ContractError, SettingsError
+from castwise.errors import ContractError
 from castwise.islands import AppliedPolicy, apply_policy, module_facts
 from castwise.numerics.breaches import (
     Breach,
@@ -39,6 +39,7 @@ from castwise.numerics.breaches import (
 from castwise.numerics.census import scaled
 from castwise.numerics.operator_call import CAST, floating, format_name
 from castwise.numerics.promise import Promises
+from castwise.numerics.target import checked_batches, checked_loss
 from castwise.numerics.untouched import untouched
 from castwise.numerics.witness import OperatorRun, Witness
 from castwise.region import Region
@@ -210,11 +211,11 @@ def contract(
 
     Raises:
         PolicyError: The policy cannot be put on this model.
-        SettingsError: A batch is no tuple, or the loss no scalar with a gradient.
+        TargetError: A batch is no tuple, or the loss no scalar with a gradient.
     """
     inner = getattr(model, "_orig_mod", model)
     device = next((weight.device for weight in model.parameters()), torch.device("cpu"))
-    batches = [_checked(batch) for batch in batches]
+    checked = checked_batches(batches, what="a contract")
     with untouched(inner, device):
         applied = apply_policy(
             inner, policy.bind(module_facts(inner)), device.type, phase=phase
@@ -223,14 +224,14 @@ def contract(
             region = Region.of(policy, phase, (applied,))
 
             def run() -> None:
-                for batch in batches:
+                for batch in checked:
                     with region.entered(device.type):
                         loss = loss_fn(model(*batch[:-1]), batch[-1])
-                        _refuse_loss(loss)
+                        loss = checked_loss(loss, what="a contract")
                         with torch.autocast(device.type, enabled=False):
                             loss.backward()  # type: ignore[no-untyped-call]
 
-            brought = {format_name(t.dtype) for t in floating(batches)}
+            brought = {format_name(t.dtype) for t in floating(checked)}
             return prove(run, model, applied, brought=brought)
         finally:
             applied.remove()
@@ -284,27 +285,6 @@ def prove(
         ),
         computes=tuple((module, promises.compute_of(module)) for module in modules),
     )
-
-
-def _checked(batch: Any) -> Sequence[Any]:
-    if not isinstance(batch, (tuple, list)) or len(batch) < 2:
-        raise SettingsError(
-            "a contract needs batches of (inputs..., target), got one that is a "
-            f"{type(batch).__name__}; give an iterable such as [(x, y)]"
-        )
-    return batch
-
-
-def _refuse_loss(loss: Any) -> None:
-    if (
-        not isinstance(loss, torch.Tensor)
-        or loss.numel() != 1
-        or not loss.requires_grad
-    ):
-        raise SettingsError(
-            "a contract needs a loss of one number that depends on the weights, got "
-            f"{type(loss).__name__}; return a scalar tensor from loss_fn"
-        )
 
 
 def _share(

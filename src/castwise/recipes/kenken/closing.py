@@ -34,7 +34,7 @@ from castwise.training.trainer import FitResult
 
 KENKEN_FILLS = ((0.0, 0.0), (0.1, 0.4))
 LATIN_FILLS = ((0.0, 0.0), (0.1, 0.4), (0.4, 0.7))
-LATIN_SHARE = 4  # a square is drawn cell by cell, so fewer of them are measured
+LATIN_SHARE = 8  # a square is drawn cell by cell, so fewer of them are measured
 
 
 def opening_lines(facts: Mapping[str, Any], folder: RunFolder) -> list[str]:

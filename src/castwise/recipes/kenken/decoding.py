@@ -94,6 +94,9 @@ class Decoded:
     first_tokens: Tensor
     """int64 [B, L]: what one forward alone says about all cells at once."""
 
+    first_logits: Tensor
+    """[B, L, n]: what the first forward said; 0 for puzzles without a hidden cell."""
+
     num_forwards: Tensor
     """int64 [B]: forwards that each puzzle took."""
 
@@ -140,6 +143,7 @@ def decode(
     noise, priority = _draws(batch, settings, first_index)
     num_forwards = torch.zeros(len(batch), dtype=torch.int64, device=tokens.device)
     first = tokens.clone()
+    first_logits = torch.zeros(*tokens.shape, batch.size, device=tokens.device)
     open_rows = hidden.any(dim=1).nonzero().squeeze(1)
     active, is_first = batch, True
     while len(open_rows):
@@ -152,12 +156,19 @@ def decode(
         chosen = _choose_cells(certainty, active.hidden, settings, priority[open_rows])
         if is_first:
             first[open_rows] = torch.where(active.hidden, spoken, active.tokens)
+            first_logits = first_logits.to(logits.dtype)
+            first_logits[open_rows] = logits
             is_first = False
         tokens[open_rows] = torch.where(chosen, spoken, active.tokens)
         hidden[open_rows] &= ~chosen
         num_forwards[open_rows] += 1
         open_rows = open_rows[hidden[open_rows].any(dim=1)]
-    return Decoded(tokens=tokens, first_tokens=first, num_forwards=num_forwards)
+    return Decoded(
+        tokens=tokens,
+        first_tokens=first,
+        first_logits=first_logits,
+        num_forwards=num_forwards,
+    )
 
 
 def _draws(

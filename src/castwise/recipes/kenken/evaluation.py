@@ -57,7 +57,7 @@ class EvaluationSettings:
     )
     """How grids are filled. An empty Latin square is drawn at temperature 1."""
 
-    batch_size: int = 256
+    batch_size: int = 512
     """Puzzles per forward."""
 
     seed: int = 0
@@ -159,14 +159,14 @@ def _measure(
         )
     decoding = settings.decoding
     if puzzles.kind is Kind.LATIN and fill[1] == 0.0:
-        decoding = replace(decoding, temperature=1.0, threshold=None)
+        decoding = replace(decoding, temperature=1.0)
     known = puzzles.kind is Kind.KENKEN or puzzles.size <= posterior.LARGEST_SIZE
     sums, valid_grids = _Sums(), []
     for start in range(0, num, settings.batch_size):
         rows = np.arange(start, min(start + settings.batch_size, num))
         batch = evaluation_batch(puzzles, fill, rows, settings.seed).to(device)
-        _add_cells(predict, batch, puzzles.kind, sums)
         decoded = decode(predict, batch, decoding, first_index=start)
+        _add_cells(decoded.first_logits, batch, puzzles.kind, sums)
         valid = is_valid(decoded.tokens, batch)
         sums.valid += int(valid.sum())
         sums.forwards += int(decoded.num_forwards.sum())
@@ -189,9 +189,8 @@ def _measure(
 
 
 @torch.no_grad()
-def _add_cells(predict: Predictor, batch: PuzzleBatch, kind: Kind, sums: _Sums) -> None:
-    """Add what one forward says about the hidden cells of a batch."""
-    logits = predict(batch)
+def _add_cells(logits: Tensor, batch: PuzzleBatch, kind: Kind, sums: _Sums) -> None:
+    """Add what the first forward says about the hidden cells of a batch."""
     best = batch.alphabet.gather(1, logits.argmax(dim=-1))
     accuracy = hidden_accuracy(torch.where(batch.hidden, best, batch.tokens), batch)
     sums.cells_right += accuracy.hits

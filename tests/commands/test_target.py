@@ -1,0 +1,162 @@
+"""Targets on the command line: what is accepted, and what is said of mistakes."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from castwise import cli
+from castwise.errors import TargetError
+from castwise.numerics.target import load_target
+
+GOOD = """
+import torch
+from torch import nn
+from torch.nn import functional
+
+
+class Half(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(5, 7)
+        self.last = nn.Linear(7, 3)
+
+    def forward(self, x):
+        hidden = self.first(x).relu()
+        return self.last(hidden)
+
+
+def build():
+    torch.manual_seed(0)
+    batch = torch.randn(4, 5), torch.randint(3, (4,))
+    return Half(), [batch], functional.cross_entropy
+
+
+def raises():
+    raise ValueError("no such data")
+
+
+def not_a_model():
+    return 3, [], None
+
+
+def without_batches():
+    return Half(), [], functional.cross_entropy
+
+
+def three():
+    return 3
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A file with good and bad targets."""
+    found = tmp_path / "mine.py"
+    found.write_text(GOOD)
+    return found
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """Run a command as a person does; return code, output and error."""
+    with pytest.raises(SystemExit) as left:
+        cli.main(arguments)
+    out, err = capsys.readouterr()
+    return int(left.value.code or 0), out, err
+
+
+def test_a_target_gives_model_batches_and_loss(path: Path) -> None:
+    """The function is run once and what it returns is kept."""
+    target = load_target(f"{path}:build")
+    assert isinstance(target.model, torch.nn.Module)
+    assert len(target.batches) == 1
+    assert target.optimizer is None
+    assert target.name == f"{path}:build"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("mine.py", "a target is written file.py:function"),
+        ("gone.py:build", "no file gone.py"),
+        ("{path}:nothing", "has no function 'nothing'"),
+        ("{path}:raises", r"mine.py:\d+, raises\(\): ValueError: no such data"),
+        ("{path}:not_a_model", "must return a torch.nn.Module first, got int"),
+        ("{path}:without_batches", "needs at least 1 batches, got 0"),
+        ("{path}:three", r"must return \(model, batches, loss_fn\)"),
+    ],
+)
+def test_a_bad_target_is_one_sentence_with_its_place(
+    path: Path, text: str, says: str
+) -> None:
+    """What is wrong in the user's file is told with file, line and what is needed."""
+    with pytest.raises(TargetError, match=says):
+        load_target(text.format(path=path))
+
+
+def test_a_file_that_does_not_parse_names_its_line(tmp_path: Path) -> None:
+    """A syntax error is the user's, and is told as one."""
+    path = tmp_path / "broken.py"
+    path.write_text("x = 1\ndef build(:\n    pass\n")
+    with pytest.raises(TargetError, match=r"broken.py:2, importing it: SyntaxError"):
+        load_target(f"{path}:build")
+
+
+def test_a_contract_that_holds_leaves_with_0_and_a_record(
+    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command prints one line and writes what it saw."""
+    record = tmp_path / "contract.json"
+    code, out, _ = run(
+        capsys, "contract", f"{path}:build", "--modules", "--json", str(record)
+    )
+    assert code == 0
+    assert "contract of bf16-mixed holds" in out
+    assert re.search(r"first .*bf16", out)
+    assert json.loads(record.read_text())["policy"] == "bf16-mixed"
+
+
+def test_a_contract_that_is_broken_leaves_with_1_and_names_the_breach(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A product that the model's own code forces to fp32 under autocast off."""
+    text = path.read_text().replace(
+        "self.first(x).relu()",
+        "torch.autocast('cpu', enabled=False)(self.first)(x).relu()",
+    )
+    path.write_text(text)
+    code, out, _ = run(capsys, "contract", f"{path}:build")
+    assert code == 1
+    assert "broken" in out
+    assert "first" in out
+
+
+def test_two_policies_at_once_are_refused(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One flag decides."""
+    arguments = ["--policy", "p.yaml", "--preset", "32-true"]
+    code, _, err = run(capsys, "contract", f"{path}:build", *arguments)
+    assert code == 2
+    assert "One flag decides the policy" in err
+
+
+def test_init_writes_an_example_that_the_commands_take(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The example runs as it is, and is never overwritten."""
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = run(capsys, "init")
+    assert code == 0
+    assert "castwise contract my_model.py:build" in out
+    assert load_target("my_model.py:build").optimizer is not None
+    assert run(capsys, "contract", "my_model.py:build")[0] == 0
+    code, _, err = run(capsys, "init")
+    assert code == 2
+    assert "exists already" in err
