@@ -96,7 +96,7 @@ def test_squares_drawn_from_exact_posteriors_are_valid_and_various() -> None:
     empty = replace(SETTINGS, fills=((0.0, 0.0),))
     (row,) = evaluate(bayes, [puzzles(4, Kind.LATIN)], empty)
     assert row.valid.value == 1.0
-    assert row.forwards == 16
+    assert row.forwards < 16  # cells that are forced come at once
     assert row.distinct > 50  # 60 of 576: about 57 are expected
     assert row.distinct_share == row.distinct / 60
 

@@ -80,8 +80,8 @@ class PuzzleBatch:
         """The solution as tokens, int64 [B, L]."""
         return self.alphabet.gather(1, self.answers.clamp(min=0))
 
-    def select(self, rows: Tensor) -> PuzzleBatch:
-        """Keep some puzzles: int64 rows or a bool mask [B]."""
+    def select(self, rows: Tensor | slice) -> PuzzleBatch:
+        """Keep some puzzles: int64 rows, a bool mask [B], or a slice."""
         return replace(
             self,
             relations=Relations(*(tensor[rows] for tensor in self.relations)),
