@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from castwise import fitting
 from castwise.decision import Decision
 from castwise.errors import (
     LossScaleError,
@@ -18,7 +19,6 @@ from castwise.errors import (
 )
 from castwise.loss_scale import DynamicScale, NoScale, StaticScale
 from castwise.policy import Policy, preset
-from castwise.training import in_force
 from castwise.training.step import Run, Skipped, Stepped, prepare
 
 PRESETS = ("32-true", "64-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true")
@@ -334,7 +334,7 @@ def test_a_format_that_the_device_cannot_do_is_an_error_or_a_recorded_fallback(
     def supports(_: object, fmt: str) -> Decision[bool]:
         return Decision(fmt != "bf16", f"no {fmt} here")
 
-    monkeypatch.setattr(in_force, "supports", supports)
+    monkeypatch.setattr(fitting, "supports", supports)
     with pytest.raises(UnsupportedFormatError, match=r"needs bf16 on cpu.*fallback="):
         make_run("bf16-mixed")
     with pytest.raises(UnsupportedFormatError, match="the fallback bf16 cannot"):

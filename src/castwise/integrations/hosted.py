@@ -19,24 +19,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
-from torch.distributed.tensor import DTensor
 
-from castwise.dtypes import dtype_of, format_of, supports
-from castwise.errors import IslandError, SettingsError, UnmatchedRuleError
+from castwise.dtypes import dtype_of, supports
+from castwise.errors import SettingsError, UnmatchedRuleError
+from castwise.fitting import fit_to_device, refuse_sharded_storage
 from castwise.islands import AppliedPolicy, apply_policy, module_facts
 from castwise.islands.crossing import Crossing
 from castwise.policy.precision import FP32
 from castwise.policy.presets import PRESETS, preset
 from castwise.policy.rules import Policy
 from castwise.region import Region
-from castwise.training.in_force import fit_to_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from torch import nn
 
-    from castwise.policy.bound import BoundPolicy
     from castwise.policy.keys import ModuleFacts
 
 Unmatched = Literal["raise", "warn"]
@@ -150,7 +148,7 @@ class HostedPolicy:
         facts = module_facts(model)
         policy, dropped = self._matching(policy, facts)
         bound = policy.bind(facts)
-        _refuse_sharded_storage(model, bound)
+        refuse_sharded_storage(model, bound)
         applied = apply_policy(model, bound, device.type, phase=self._phase)
         model.__dict__[_NOTE] = _Handle(take_off or partial(self.take_off, model))
         self._seats.append(
@@ -247,22 +245,6 @@ class _Handle:
 
     def __reduce__(self) -> tuple[type[_Handle], tuple[()]]:
         return _Handle, ()
-
-
-def _refuse_sharded_storage(model: nn.Module, bound: BoundPolicy) -> None:
-    """Refuse to change the format of weights that were sharded before we came."""
-    for name, weight in model.named_parameters():
-        if not isinstance(weight, DTensor):
-            continue
-        param = bound.precision_of(name.rpartition(".")[0]).param
-        assert param is not None
-        if weight.is_floating_point() and weight.dtype is not dtype_of(param):
-            raise IslandError(
-                f"{name!r} is sharded already and holds {format_of(weight.dtype)}, but "
-                f"{bound.policy.name} holds it in {param}; create it in {param} before "
-                "fully_shard, or take a policy that holds weights in fp32, such as "
-                "bf16-mixed"
-            )
 
 
 def _cautions(policy: Policy, device: torch.device) -> tuple[str, ...]:

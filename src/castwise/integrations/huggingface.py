@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from castwise.errors import LossScaleError, MissingExtraError, SettingsError
+from castwise.fitting import device_of
 from castwise.integrations.hosted import HostedPolicy, Unmatched, policy_of
 from castwise.integrations.model_border import BorderedModel
 from castwise.loss_scale import LossScale, loss_scale_of
 from castwise.policy.rules import Policy
-from castwise.training.admission import device_of
 
 if TYPE_CHECKING:
     from pathlib import Path

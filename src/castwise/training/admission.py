@@ -68,15 +68,3 @@ def refuse_stale_state(optimizer: torch.optim.Optimizer) -> None:
                     f"weight that the policy holds in {weight.dtype}; call prepare "
                     "before the first step, or load the optimizer's state after it"
                 )
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Return the one device that the model stands on."""
-    tensors = (*model.parameters(), *model.buffers())
-    devices = {tensor.device for tensor in tensors}
-    if len(devices) > 1:
-        raise SettingsError(
-            f"the model stands on {', '.join(sorted(map(str, devices)))}; move it to "
-            "one device, or give device="
-        )
-    return devices.pop() if devices else torch.device("cpu")

@@ -24,17 +24,17 @@ import torch
 
 from castwise.decision import Decision
 from castwise.errors import StepError
+from castwise.fitting import device_of, fit_to_device, refuse_sharded_storage
 from castwise.islands import AppliedPolicy, apply_policy, module_facts
 from castwise.loss_scale import LossScale, NonFinite, loss_scale_of
 from castwise.optim.clipping import clip_by_global_norm
 from castwise.region import Region
 from castwise.training.admission import (
-    device_of,
     refuse_loss,
     refuse_settings,
     refuse_stale_state,
 )
-from castwise.training.in_force import PrecisionInForce, fit_to_device, held_formats
+from castwise.training.in_force import PrecisionInForce, held_formats
 from castwise.training.outcome import Skipped, Stepped, writer_of
 
 if TYPE_CHECKING:
@@ -380,9 +380,9 @@ def prepare(
         if loss_scale is None
         else Decision(type(loss_scale).__name__, "it was given to prepare")
     )
-    applied = apply_policy(
-        model, fitted.bind(module_facts(model)), where.type, phase=phase
-    )
+    bound = fitted.bind(module_facts(model))
+    refuse_sharded_storage(model, bound)
+    applied = apply_policy(model, bound, where.type, phase=phase)
     try:
         refuse_stale_state(optimizer)
     except StepError:
