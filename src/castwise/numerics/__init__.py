@@ -10,5 +10,6 @@ Storey: above `region`, below `training`. Candidates come as callables.
     call_site.py      module, source line and name of a call
     error.py          how far a result is from the right one, and how far it may be
     operator_call.py  what one call read, wrote and computed
+    replay.py         a model run again in float64, on the same random draws
     untouched.py      a model that a proof may run, and that is afterwards what it was
 """

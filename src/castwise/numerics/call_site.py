@@ -47,6 +47,7 @@ _KINDS: dict[str, _Kind] = {
     f"{_TORCH}/_prims/rng_prims.py": "passage",
     f"{_TORCH}/": "torch",
     f"{_CASTWISE}/autocast_kernels.py": "table",
+    f"{_CASTWISE}/numerics/replay.py": "passage",
     f"{_CASTWISE}/numerics/": "witness",
     f"{_CASTWISE}/layers/": "user",
     f"{_CASTWISE}/recipes/": "user",
@@ -169,6 +170,11 @@ class CallSites:
 _NOWHERE = CallSite(
     module=None, where="unknown", call=None, names_dtype=False, author="torch"
 )
+
+
+def is_of_user(file: str) -> bool:
+    """Whether a file is neither PyTorch's nor part of what castwise puts around it."""
+    return _kind_of_file(file) == "user"
 
 
 def without_wrapper(fqn: str) -> str:
