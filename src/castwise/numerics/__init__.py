@@ -10,6 +10,9 @@ Storey: above `region`, below `training`. Candidates come as callables.
     call_site.py      module, source line and name of a call
     error.py          how far a result is from the right one, and how far it may be
     operator_call.py  what one call read, wrote and computed
+    forensics.py      which operator made the first value that is not finite, and why
+    origins.py        where infinities and NaNs come from, operator by operator
+    watched_call.py   one call: what it read, what it wrote, and once more in fp64
     replay.py         a model run again in float64, on the same random draws
     untouched.py      a model that a proof may run, and that is afterwards what it was
 """
