@@ -179,9 +179,10 @@ def test_mixed_formats_are_divided_in_one_call() -> None:
 
 
 def test_finite_gradients_are_never_mistaken_for_overflow() -> None:
-    """The check is no sum of squares: the largest number of a format passes."""
-    gradients = {"w": torch.full((1000,), torch.finfo(torch.float32).max)}
-    assert NoScale().unscale(gradients) is None
+    """The largest number of a format passes, though its square is infinite."""
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        gradients = {"w": torch.full((1000,), torch.finfo(dtype).max, dtype=dtype)}
+        assert NoScale().unscale(gradients) is None
     assert NoScale().unscale({}) is None
     assert StaticScale(2.0).unscale({}) is None
 

@@ -347,9 +347,12 @@ def first_non_finite(gradients: Mapping[str, torch.Tensor]) -> NonFinite | None:
         if values.numel():
             groups[values.device, values.dtype].append(values)
     per_device: dict[torch.device, list[torch.Tensor]] = defaultdict(list)
-    for (device, _), tensors in groups.items():
-        largest = torch._foreach_norm(tensors, math.inf)  # noqa: SLF001 -- the only fused norm
-        per_device[device].extend(each.float() for each in largest)
+    for (device, dtype), tensors in groups.items():
+        # The 2-norm, 20 times as fast on a CPU as the largest number. Its squares may
+        # overflow although every number is finite: then each number is looked at.
+        wide = dtype if dtype in {torch.float32, torch.float64} else torch.float32
+        norms = torch._foreach_norm(tensors, 2, dtype=wide)  # noqa: SLF001 -- the only fused norm
+        per_device[device].extend(each.float() for each in norms)
     if all(torch.stack(each).isfinite().all() for each in per_device.values()):
         return None
     return _named(gradients)
