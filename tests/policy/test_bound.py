@@ -178,3 +178,44 @@ def test_explain_op_names_the_rule_or_the_entry_of_the_table() -> None:
     assert "its input is below 1" in bound.explain_op("exp")
     assert "test_bound.py:" in bound.explain_op("exp")
     assert bound.explain_op("softmax").startswith("softmax: fp32")
+
+
+def test_the_storage_of_weights_follows_the_rules_upwards() -> None:
+    """A rule on a module stores what is below it; the policy stores the rest."""
+    policy = (
+        Policy(name="low", storage="split8")
+        .with_default("bf16")
+        .with_rule(module="encoder.0.norm", precision="fp32")
+        .with_rule(module="encoder", storage="kahan", because="measured 1e-4")
+        .with_rule(module="solver", precision="p=fp16", storage="master")
+    )
+    bound = policy.bind(FACTS)
+    names = ("head", "encoder.0.linear", "encoder.0.norm", "solver.scan.norm", "")
+    found = {fqn: bound.storage_of(fqn).value for fqn in names}
+    assert found == {
+        "head": "split8",
+        "encoder.0.linear": "kahan",
+        "encoder.0.norm": None,
+        "solver.scan.norm": "master",
+        "": "split8",
+    }
+    assert bound.explain("encoder.0.linear").endswith(
+        "because measured 1e-4; weights stored as kahan (measured 1e-4)"
+    )
+    assert "weights" not in bound.explain("encoder.0.norm")
+
+
+@pytest.mark.parametrize(
+    ("fmt", "storage"), [("bf16", "split"), ("fp16", "master"), ("fp32", None)]
+)
+def test_no_update_is_lost_unless_somebody_asks_for_it(
+    fmt: str, storage: str | None
+) -> None:
+    """Where the policy says nothing, 16-bit weights keep what 16 bits cannot hold."""
+    silent = Policy(name="low").with_default(fmt)
+    assert silent.bind(FACTS).storage_of("head").value == storage
+    if storage is not None:
+        assert "would lose updates" in silent.bind(FACTS).storage_of("head").because
+        asked = silent.with_storage("plain").bind(FACTS).storage_of("head")
+        assert asked.value == "plain"
+        assert asked.because == "low says so"

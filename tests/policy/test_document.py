@@ -269,16 +269,20 @@ def test_every_field_comes_back_when_it_is_off_its_default() -> None:
         "phase": "predict",
         "precision": Precision.parse("c=fp16,o=bf16,r=fp64"),
         "category": "widest",
+        "storage": "kahan",
         "because": "measured",
     }
-    on_module = {key: given[key] for key in given if key not in {"op", "category"}}
+    apart = {"op", "category", "storage"}
+    on_module = {key: given[key] for key in given if key not in apart}
     on_op = {key: given[key] for key in ("op", "phase", "category", "because")}
     weights = {"module": "b", "precision": Precision.parse("p=bf16")}
+    stored = {"module": "c", "storage": "kahan"}
     policy = Policy(
         name="all",
         default=Precision(param="bf16", compute="tf32", output="fp16", reduce="fp64"),
-        rules=(Rule(**on_module), Rule(**on_op), Rule(**weights)),
+        rules=(Rule(**on_module), Rule(**on_op), Rule(**weights), Rule(**stored)),
         loss_scale="static:8",
+        storage="stochastic",
         where="f.yaml",
     )
     back = Policy.parse(policy.to_yaml(), where="f.yaml")

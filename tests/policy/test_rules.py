@@ -187,3 +187,28 @@ def test_a_policy_is_hashable_and_equal_by_what_it_says() -> None:
     assert one == Policy()
     assert one != other  # an open field is not the same text
     assert isinstance(MIXED.with_rule(module="a", precision="fp32").rules[0], Rule)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"module": "a", "storage": "splt"}, "storage needs one of master, split"),
+        ({"module": "a", "phase": "full", "storage": "split"}, "in the whole run"),
+        ({"op": "exp", "storage": "split"}, "in a rule on modules alone"),
+    ],
+)
+def test_a_storage_that_cannot_be_is_refused(
+    keys: dict[str, str], message: str
+) -> None:
+    """Weights are stored in one way in the whole run, and operators store nothing."""
+    with pytest.raises(RuleError, match=message):
+        Policy().with_rule(**keys)
+    with pytest.raises(PolicyError, match="storage needs one of"):
+        Policy().with_storage("none")
+
+
+def test_two_storages_for_the_same_modules_contradict_each_other() -> None:
+    """The message says both, with the storage that each asks for."""
+    policy = Policy().with_rule(module="a", storage="split")
+    with pytest.raises(RuleError, match=r"storage kahan.*storage split"):
+        policy.with_rule(module="a", storage="kahan")

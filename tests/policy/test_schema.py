@@ -12,6 +12,7 @@ import castwise.policy.presets as presets_room
 from castwise.formats import FORMATS
 from castwise.policy import PHASES, STAGES, Policy, Precision, json_schema
 from castwise.policy.document import POLICY_KEYS, RULE_KEYS
+from castwise.policy.keys import STORAGES
 from castwise.policy.ops import CATEGORIES
 
 PRESET_FILES = sorted(Path(presets_room.__file__).parent.glob("*.yaml"))
@@ -28,6 +29,7 @@ def allows(schema: dict[str, Any], value: object) -> bool:
         "pattern": lambda text: re.search(text, str(value)) is not None,
         "required": lambda keys: isinstance(value, dict) and set(keys) <= set(value),
         "oneOf": lambda options: sum(allows(each, value) for each in options) == 1,
+        "not": lambda refused: not allows(refused, value),
         "items": lambda item: (
             isinstance(value, list) and all(allows(item, each) for each in value)
         ),
@@ -54,6 +56,8 @@ def test_the_schema_is_json_and_lists_what_the_tables_list() -> None:
     assert rule["phase"]["enum"] == list(PHASES)
     assert rule["stage"]["enum"] == list(STAGES)
     assert rule["category"]["enum"] == list(CATEGORIES)
+    assert rule["storage"]["enum"] == schema["properties"]["storage"]["enum"]
+    assert rule["storage"]["enum"] == list(STORAGES)
     assert all(each["description"] for each in rule.values())
 
 
@@ -70,7 +74,10 @@ def test_the_schema_allows_what_policies_write() -> None:
         .with_default("p=fp32,c=tf32,o=bf16,r=fp32")
         .with_rule(module="a", type="B", stage="backward", precision="c=fp64")
         .with_rule(op="softmax", category="widest", because="measured")
+        .with_rule(module="b", storage="split8")
+        .with_rule(module="c", precision="p=bf16", storage="master")
         .with_phase_precision("predict", "as_is")
+        .with_storage("kahan")
         .with_loss_scale("static:8")
     )
     assert allows(json_schema(), yaml.safe_load(policy.to_yaml()))
@@ -88,6 +95,8 @@ def test_the_schema_allows_what_policies_write() -> None:
         BEGIN + "rules: [{modul: a, precision: fp32}]\n",
         BEGIN + "rules: [{phase: eval, precision: fp32}]\n",
         BEGIN + "rules: [{op: exp, precision: c=fp32, category: low}]\n",
+        BEGIN + "storage: splt\n",
+        BEGIN + "rules: [{module: a, storage: none}]\n",
     ],
 )
 def test_the_schema_refuses_what_the_reader_refuses(text: str) -> None:

@@ -6,8 +6,8 @@ How the precision of a module is found:
 2. What that leaves open comes from the module that contains it, and so on upwards.
 3. What is still open comes from the default; what the default leaves out is fp32.
 
-The format of weights is found among the rules without stage and phase, because weights
-have one storage for the whole run.
+The format and the storage of weights are found among the rules without stage and phase,
+because weights have one storage for the whole run.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from castwise.decision import Decision
 from castwise.errors import PolicyError, UnmatchedRuleError
+from castwise.formats import FORMATS
 from castwise.policy.keys import (
     PHASES,
     REGEX_MARK,
@@ -65,6 +67,30 @@ class BoundPolicy:
             storage = storage.over(always.precision) if always else storage
         return replace(found.over(default), param=storage.over(default).param)
 
+    def storage_of(self, fqn: str) -> Decision[str | None]:
+        """Return how the weights of a module are stored, and why.
+
+        Nothing stands beside weights in fp32 or fp64. Weights in 16 bits are stored as
+        the policy says, or else so that no update is lost: `split` in bf16, `master` in
+        fp16, whose exponent is too short to be split.
+        """
+        fmt = self.precision_of(fqn).param
+        assert fmt is not None
+        if fmt not in _DEFAULT_STORAGE:
+            return Decision(None, f"{fmt} holds what an update adds")
+        for rules in self._rules_upwards(fqn):
+            always = next((rule for rule in rules if rule.holds_always), None)
+            if always is not None and always.storage is not None:
+                return Decision(always.storage, always.because or f"{always.label}")
+        policy = self.policy
+        if policy.storage is not None:
+            return Decision(policy.storage, f"{policy.where or policy.name} says so")
+        lost = FORMATS[fmt].eps / 4  # half the spacing just below a power of two
+        return Decision(
+            _DEFAULT_STORAGE[fmt],
+            f"{fmt} alone would lose updates below {lost:.1e} of their weight",
+        )
+
     def explain(self, fqn: str) -> str:
         """Say what precision a module has, and which rule decides.
 
@@ -93,7 +119,9 @@ class BoundPolicy:
         precision = self.precision_of(fqn, stage=stage, phase=phase)
         by = rule.label if rule else f"the default of {self.policy.name}"
         because = f", because {rule.because}" if rule and rule.because else ""
-        return f"{fqn or 'the whole model'}{when}: {precision} by {by}{because}"
+        storage = self.storage_of(fqn)
+        held = "" if when or storage.value is None else f"; weights stored as {storage}"
+        return f"{fqn or 'the whole model'}{when}: {precision} by {by}{because}{held}"
 
     def _rules_upwards(self, fqn: str) -> Iterator[tuple[Rule, ...]]:
         """Yield the rules on a module, then those on what contains it."""
@@ -109,6 +137,10 @@ class BoundPolicy:
                 f"{did_you_mean(fqn, self.governing)}"
             )
         return found
+
+
+_DEFAULT_STORAGE = {"bf16": "split", "fp16": "master"}
+"""Formats of weights that lose updates, and what castwise chooses for them."""
 
 
 def _when(times: Sequence[tuple[str, str]]) -> str:

@@ -4,6 +4,7 @@
     name: solver in fp32                         # optional
     default: p=fp32,c=bf16,o=bf16,r=fp32
     loss_scale: none                             # none, dynamic, static:1024; optional
+    storage: split                               # of 16-bit weights; optional
     rules:
       - module: "*.propagator"
         precision: fp32
@@ -29,8 +30,8 @@ from castwise.errors import (
     RuleError,
     StorageError,
 )
-from castwise.policy.keys import Rule
-from castwise.policy.precision import AS_IS, Precision
+from castwise.policy.keys import STORAGES, Rule
+from castwise.policy.precision import AS_IS, SURROUNDINGS, Precision
 from castwise.wording import did_you_mean, shown
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ POLICY_KEYS: Mapping[str, str] = {
     "name": "what logs and reports call the policy",
     "default": "precision of every module that no rule governs",
     "loss_scale": "none, dynamic or static:<number>; decided when absent",
+    "storage": f"of 16-bit weights: {', '.join(STORAGES)}; decided when absent",
     "rules": "ordered; the first rule that matches wins",
 }
 """The keys of a policy file and what they mean."""
@@ -62,6 +64,7 @@ RULE_KEYS: Mapping[str, str] = {
     "phase": "warmup, full, predict or correct",
     "precision": f"one format, parts such as c=bf16, or {AS_IS}",
     "category": "for an op instead of a precision: low, fp32, widest or as_is",
+    "storage": "of the 16-bit weights of these modules, as for the policy",
     "because": "the reason, one line",
 }
 """The keys of a rule and what they mean."""
@@ -79,6 +82,9 @@ class PolicyDocument:
 
     loss_scale: str | None = None
     """The text under `loss_scale`."""
+
+    storage: str | None = None
+    """The text under `storage`."""
 
     rules: tuple[Rule, ...] = ()
     """The rules in their order, each knowing its line."""
@@ -140,6 +146,7 @@ def read_document(text: str, where: str) -> PolicyDocument:
         name=_name(entries.get("name")),
         default=entries["default"].precision(),
         loss_scale=_loss_scale(entries.get("loss_scale")),
+        storage=_storage(entries.get("storage")),
         rules=tuple(_read_rule(item) for item in listed),
     )
 
@@ -152,6 +159,8 @@ def write_document(document: PolicyDocument) -> str:
     tree["default"] = str(document.default)
     if document.loss_scale is not None:
         tree["loss_scale"] = document.loss_scale
+    if document.storage is not None:
+        tree["storage"] = document.storage
     if document.rules:
         tree["rules"] = [_rule_tree(rule) for rule in document.rules]
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=1 << 20)
@@ -168,14 +177,14 @@ def _rule_tree(rule: Rule) -> dict[str, str]:
         for field in fields(rule)
         if field.name in RULE_KEYS and getattr(rule, field.name)
     }
-    if rule.category is not None:
+    if rule.category is not None or (rule.storage and rule.precision == SURROUNDINGS):
         del texts["precision"]
     return {key: texts[key] for key in RULE_KEYS if key in texts}
 
 
 def _read_rule(place: _Place) -> Rule:
     entries = place.mapping(RULE_KEYS, "a rule")
-    if "precision" not in entries and "category" not in entries:
+    if not entries.keys() & {"precision", "category", "storage"}:
         raise PolicyDocumentError(
             f"{place}: the rule says no precision; write for example precision: fp32"
         )
@@ -201,6 +210,13 @@ def _loss_scale(place: _Place | None) -> str | None:
     return place.text()
 
 
+def _storage(place: _Place | None) -> str | None:
+    if place is None:
+        return None
+    check_storage(place.text(), str(place))
+    return place.text()
+
+
 def check_name(text: str, where: str) -> None:
     """Refuse a name that would not survive a log line or a file."""
     if not text or not text.isprintable() or text != text.strip():
@@ -218,6 +234,15 @@ def check_loss_scale(text: str, where: str) -> None:
         f"{where}: loss_scale needs none, dynamic or static:<number above 0>, got "
         f"{shown(text)}; leave it out to let castwise decide"
     )
+
+
+def check_storage(text: str, where: str) -> None:
+    """Refuse a storage of weights that there is none of."""
+    if text not in STORAGES:
+        raise PolicyDocumentError(
+            f"{where}: storage needs one of {', '.join(STORAGES)}, got {shown(text)}"
+            f"{did_you_mean(text, STORAGES)}; leave it out to let castwise decide"
+        )
 
 
 def _is_scale(number: str) -> bool:

@@ -40,6 +40,9 @@ PHASES = ("warmup", "full", "predict", "correct")
 PHASES_WITH_BACKWARD = ("warmup", "full", "correct")
 """The phases that compute gradients; `predict` only runs forward."""
 
+STORAGES = ("master", "split", "split8", "kahan", "stochastic", "plain")
+"""Where the bits of a weight go that 16 do not hold: see `optim/storage.py`."""
+
 REGEX_MARK = "re:"
 """What a module key begins with when the rest is a regular expression."""
 
@@ -83,6 +86,9 @@ class Rule:
     category: Category | None = None
     """For an operator, instead of a precision: how it treats its inputs' formats."""
 
+    storage: str | None = None
+    """One of STORAGES, for weights that are held in 16 bits."""
+
     because: str = ""
     """One clause that a person can check."""
 
@@ -108,6 +114,7 @@ class Rule:
                 )
         _check_choice(self, "stage", STAGES)
         _check_choice(self, "phase", PHASES)
+        _check_choice(self, "storage", STORAGES)
         _check_regex(self)
         _check_value(self)
 
@@ -125,8 +132,9 @@ class Rule:
 
     @property
     def value(self) -> str:
-        """The precision or the category, as it is written."""
-        return self.category or str(self.precision)
+        """The precision or the category, and the storage, as they are written."""
+        value = self.category or str(self.precision)
+        return f"{value} with storage {self.storage}" if self.storage else value
 
     @property
     def label(self) -> str:
@@ -227,6 +235,11 @@ def _check_regex(rule: Rule) -> None:
 
 def _check_value(rule: Rule) -> None:
     """Refuse values that cannot be honoured together with the rule's keys."""
+    if rule.storage is not None and not (rule.op is None and rule.holds_always):
+        raise RuleError(
+            f"{rule.label}: weights are stored in one way in the whole run; leave out "
+            f"storage {rule.storage}, or give it in a rule on modules alone"
+        )
     if rule.op is None:
         if rule.category is not None:
             raise RuleError(

@@ -28,6 +28,7 @@ from castwise.policy.document import (
     PolicyDocument,
     check_loss_scale,
     check_name,
+    check_storage,
     read_document,
     read_file,
     write_document,
@@ -61,11 +62,16 @@ class Policy:
     loss_scale: str | None = None
     """`none`, `dynamic` or `static:<number>`; `None` leaves the choice to castwise."""
 
+    storage: str | None = None
+    """One of `STORAGES`, for 16-bit weights; `None` leaves the choice to castwise."""
+
     where: str = field(default="", compare=False)
     """The file it came from; takes no part in equality."""
 
     def __post_init__(self) -> None:
         check_name(self.name, self.where or "policy")
+        if self.storage is not None:
+            check_storage(self.storage, self.where or "policy")
         if self.loss_scale is not None:
             check_loss_scale(self.loss_scale, self.where or "policy")
         _refuse_contradictions(self.rules)
@@ -99,6 +105,7 @@ class Policy:
                 default=self.default,
                 rules=self.rules,
                 loss_scale=self.loss_scale,
+                storage=self.storage,
             )
         )
 
@@ -114,6 +121,10 @@ class Policy:
         """Return a policy with another choice of loss scale."""
         return replace(self, loss_scale=loss_scale)
 
+    def with_storage(self, storage: str | None) -> Policy:
+        """Return a policy with another storage of 16-bit weights."""
+        return replace(self, storage=storage)
+
     def with_rule(
         self,
         *,
@@ -125,6 +136,7 @@ class Policy:
         phase: str | None = None,
         precision: Precision | str = SURROUNDINGS,
         category: Category | None = None,
+        storage: str | None = None,
         because: str = "",
     ) -> Policy:
         """Return a policy with one more rule, which comes after the others.
@@ -141,6 +153,7 @@ class Policy:
             phase=phase,
             precision=_precision(precision),
             category=category,
+            storage=storage,
             because=because,
             where=_caller(),
         )

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from castwise.formats import FORMATS
 from castwise.policy.document import POLICY_KEYS, RULE_KEYS, VERSION
-from castwise.policy.keys import PHASES, STAGES
+from castwise.policy.keys import PHASES, STAGES, STORAGES
 from castwise.policy.ops import Category
 from castwise.policy.precision import AS_IS, SHORT_KEYS
 
@@ -33,6 +33,7 @@ def json_schema() -> dict[str, Any]:
                     "type": "string",
                     "pattern": r"^(none|dynamic|static:.+)$",
                 },
+                "storage": {"enum": list(STORAGES)},
                 "rules": {"type": "array", "items": _rule()},
             },
         ),
@@ -48,8 +49,15 @@ def _rule() -> dict[str, Any]:
             "phase": {"enum": list(PHASES)},
             "precision": _precision(),
             "category": {"enum": list(get_args(Category))},
+            "storage": {"enum": list(STORAGES)},
         },
-    ) | {"oneOf": [{"required": ["precision"]}, {"required": ["category"]}]}
+    ) | {
+        "oneOf": [  # storage stands beside a precision, or alone
+            {"required": ["precision"]},
+            {"required": ["category"]},
+            {"required": ["storage"], "not": {"required": ["precision"]}},
+        ]
+    }
 
 
 def _mapping(keys: Any, special: dict[str, Any]) -> dict[str, Any]:
