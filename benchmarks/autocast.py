@@ -2,24 +2,30 @@
 
 A training step (forward, backward, AdamW) of a 4-layer transformer of width 256 runs in
 turns under each region. Times are CPU seconds of the process on one thread, as a busy
-machine disturbs least; the ratio of medians is printed, and the quartiles of the ratios
-of neighbouring turns. Attention is one of
+machine disturbs least; printed are the ratio of medians, the ratio of the fastest
+steps, and the quartiles of the ratios of neighbouring turns. Attention is one of
 
     fused        scaled_dot_product_attention: the same formats in both regions
     written out  a softmax of its own, in fp32 by the table, in bf16 by torch.autocast
     by hand      with `.float()` before the softmax: the same formats in both regions
 
-so that the price of the table is seen apart from the price of more digits.
+so that the price of the table is seen apart from the price of more digits. The last
+pair is the control: written out under castwise, by hand under torch.autocast, which is
+the same work. Large blocks that glibc returns to the system are paged in again at the
+next step; `--keep-blocks` makes it keep them, and `faults` counts the pages.
 
     python benchmarks/autocast.py --json autocast.json
     python benchmarks/autocast.py --compiled
+    python benchmarks/autocast.py --keep-blocks
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import platform
+import resource
 import statistics
 import sys
 import time
@@ -70,6 +76,17 @@ class Block(nn.Module):
         return y.transpose(1, 2).flatten(-2)
 
 
+def transformer(attention: str) -> nn.Module:
+    """Four layers of width 256 between an embedding and a head."""
+    blocks = [Block(attention) for _ in range(NUM_LAYERS)]
+    return nn.Sequential(
+        nn.Embedding(VOCABULARY, WIDTH),
+        *blocks,
+        nn.LayerNorm(WIDTH),
+        nn.Linear(WIDTH, VOCABULARY),
+    )
+
+
 class Step:
     """One model's training step under one region."""
 
@@ -83,13 +100,7 @@ class Step:
     ) -> None:
         torch.manual_seed(0)
         self.region = region
-        blocks = [Block(attention) for _ in range(NUM_LAYERS)]
-        self.model = nn.Sequential(
-            nn.Embedding(VOCABULARY, WIDTH),
-            *blocks,
-            nn.LayerNorm(WIDTH),
-            nn.Linear(WIDTH, VOCABULARY),
-        )
+        self.model = transformer(attention)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
         self.tokens = torch.randint(VOCABULARY, shape)
         self.run = torch.compile(self.loss) if compiled else self.loss
@@ -109,28 +120,37 @@ class Step:
         self.optimizer.zero_grad()
         return time.process_time() - start
 
+    def faults(self) -> int:
+        """Pages that the system hands to one step."""
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        self()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
 
 def compare(candidate: Step, reference: Step, num_turns: int) -> dict[str, float]:
     """Median and quartiles of the ratio of step times, in alternating order."""
     for _ in range(5):
         candidate(), reference()
-    ratios, times = [], []
+    mine, others = [], []
     for turn in range(num_turns):
-        if turn % 2:
-            mine, other = candidate(), reference()
-        else:
-            other, mine = reference(), candidate()
-        ratios.append(mine / other)
-        times.append((mine, other))
-    low, median, high = statistics.quantiles(ratios, n=4)
-    return {
-        "ratio": statistics.median(t[0] for t in times)
-        / statistics.median(t[1] for t in times),
-        "ratio_by_turn": median,
+        for step, times in ((candidate, mine), (reference, others))[
+            :: 1 - turn % 2 * 2
+        ]:
+            times.append(step())
+    ratios = [a / b for a, b in zip(mine, others, strict=True)]
+    low, _, high = statistics.quantiles(ratios, n=4)
+    found = {
+        "ratio": statistics.median(mine) / statistics.median(others),
+        "ratio_of_minima": min(mine) / min(others),
         "lower_quartile": low,
         "upper_quartile": high,
-        "milliseconds": 1e3 * statistics.median(t[0] for t in times),
-        "reference_milliseconds": 1e3 * statistics.median(t[1] for t in times),
+        "milliseconds": 1e3 * statistics.median(mine),
+        "reference_milliseconds": 1e3 * statistics.median(others),
+    }
+    return {
+        **{name: round(value, 3) for name, value in found.items()},
+        "faults": statistics.median(candidate.faults() for _ in range(5)),
+        "reference_faults": statistics.median(reference.faults() for _ in range(5)),
     }
 
 
@@ -144,19 +164,33 @@ def castwise_region() -> AbstractContextManager[Any]:
     return autocast("cpu", "bf16")
 
 
+PAIRS = (
+    ("fused", "fused"),
+    ("by hand", "by hand"),
+    ("written out", "written out"),
+    ("written out", "by hand"),
+)
+"""Attention under castwise, and under torch.autocast."""
+
+
 def steps(num_turns: int, *, compiled: bool) -> dict[str, dict[str, float]]:
-    """Every shape and kind of attention."""
+    """Every shape and pair of attentions."""
     found = {}
     for shape in ((4, 256), (1, 64)):
-        for attention in ("fused", "by hand", "written out"):
+        for mine, other in PAIRS:
             torch.compiler.reset()  # Dynamo counts recompilations by source line
-            pair = [
-                Step(region, shape, attention=attention, compiled=compiled)
-                for region in (castwise_region, torch_region)
-            ]
-            name = f"B{shape[0]} T{shape[1]}, attention {attention}"
-            found[name] = compare(pair[0], pair[1], num_turns)
+            candidate = Step(castwise_region, shape, attention=mine, compiled=compiled)
+            reference = Step(torch_region, shape, attention=other, compiled=compiled)
+            name = f"B{shape[0]} T{shape[1]}, {mine} against {other}"
+            found[name] = compare(candidate, reference, num_turns)
     return found
+
+
+def keep_blocks() -> None:
+    """Make glibc keep freed blocks on its heap; see mallopt(3)."""
+    mallopt = ctypes.CDLL(None).mallopt
+    assert mallopt(-3, 32 << 20), "M_MMAP_THRESHOLD"
+    assert mallopt(-1, (1 << 31) - 1), "M_TRIM_THRESHOLD"
 
 
 def idle(num_turns: int) -> dict[str, float]:
@@ -199,15 +233,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--turns", type=int, default=101)
     parser.add_argument("--compiled", action="store_true", help="torch.compile")
+    parser.add_argument("--keep-blocks", action="store_true", help="see above")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     settings = parser.parse_args()
     torch.set_num_threads(1)
+    if settings.keep_blocks:
+        keep_blocks()
     record: dict[str, Any] = {
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "processor": _processor(),
+        "processor": processor(),
         "threads": torch.get_num_threads(),
         "turns": settings.turns,
+        "compiled": settings.compiled,
+        "blocks_kept": settings.keep_blocks,
         "steps": steps(settings.turns, compiled=settings.compiled),
     }
     if not settings.compiled:
@@ -218,7 +257,7 @@ def main() -> int:
     return 0
 
 
-def _processor() -> str:
+def processor() -> str:
     """The name of the processor where the system tells it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
