@@ -9,9 +9,6 @@
 Several optimizers may step after one backward, and each must divide by the scale that
 this backward used. So the scale learns from all steps at once, when the next backward
 begins; with one optimizer the numbers are those of `torch.amp.GradScaler`.
-
-Where weights are sharded, each process sees a part of every gradient. The processes
-then agree on the first parameter that any of them found, so that all skip or none.
 """
 
 from __future__ import annotations
@@ -19,13 +16,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import distributed
-from torch.distributed.tensor import DTensor
 
+from castwise.distributed.gradients import unscale
 from castwise.loss_scale import LossScale, NonFinite
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping
 
 
 class LoopScale:
@@ -59,11 +55,7 @@ class LoopScale:
         """Divide an optimizer's gradients by the scale, once before each step."""
         if id(optimizer) not in self._unscaled:
             gradients = self._gradients(optimizer)
-            local = {name: _local(each) for name, each in gradients.items()}
-            finding = self.loss_scale.unscale(local)
-            if any(isinstance(each, DTensor) for each in gradients.values()):
-                finding = _agreed(finding, list(gradients))
-            self._unscaled[id(optimizer)] = finding
+            self._unscaled[id(optimizer)] = unscale(self.loss_scale, gradients)
 
     def end_step(self, optimizer: torch.optim.Optimizer) -> NonFinite | None:
         """Return why an optimizer must not step, or None where it may."""
@@ -108,23 +100,3 @@ class LoopScale:
             self._names = {each: name for name, each in self._named_parameters()}
             self._names.setdefault(weight, place)
         return self._names[weight]
-
-
-def _local(gradient: torch.Tensor) -> torch.Tensor:
-    """The part of a gradient that this process holds, in place."""
-    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
-
-
-def _agreed(finding: NonFinite | None, names: Sequence[str]) -> NonFinite | None:
-    """Let all processes take the first finding of any; NaN goes before inf."""
-    nothing = 2 * len(names)
-    rank = nothing
-    if finding is not None:
-        rank = 2 * names.index(finding.parameter) + (finding.kind == "inf")
-    device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
-    first = torch.tensor(rank, device=device)
-    distributed.all_reduce(first, distributed.ReduceOp.MIN)
-    at, is_inf = divmod(int(first), 2)
-    if int(first) == nothing:
-        return None
-    return NonFinite(parameter=names[at], kind="inf" if is_inf else "NaN")

@@ -47,7 +47,7 @@ def global_norm(
         norm = _norm_of_norms([each.double().norm() for each in values])
     if process_group is None:
         return norm
-    return _norm_over_processes(norm, process_group)
+    return norm_over_processes(norm, process_group)
 
 
 def clip_by_global_norm(
@@ -72,13 +72,19 @@ def clip_by_global_norm(
     if max_norm is not None and not max_norm > 0:
         raise SettingsError(f"a norm to clip at needs to be above 0; got {max_norm}")
     norm = global_norm(gradients, process_group)
-    if max_norm is None or not math.isfinite(norm):
-        return norm
+    if max_norm is not None:
+        scale_down(gradients, norm, max_norm)
+    return norm
+
+
+def scale_down(gradients: Sequence[torch.Tensor], norm: float, max_norm: float) -> None:
+    """Scale gradients whose norm is known to `max_norm`, in place, if it is larger."""
+    if not math.isfinite(norm):
+        return
     factor = max_norm / (norm + _ROUNDING_ROOM)
     if factor < 1:
         for group in _by_kind([_stored_values(each) for each in gradients]):
             torch._foreach_mul_(group, factor)
-    return norm
 
 
 def clip_by_group(
@@ -166,7 +172,7 @@ def _row_norms(values: torch.Tensor) -> torch.Tensor:
     return norm
 
 
-def _norm_over_processes(norm: float, process_group: ProcessGroup) -> float:
+def norm_over_processes(norm: float, process_group: ProcessGroup) -> float:
     """Return the norm of the shards of all processes, none of whose squares overflow.
 
     The largest norm goes round first, and the squares of the ratios to it after it.

@@ -1,0 +1,104 @@
+"""Gradients of which each process holds a part: what all must agree on before a step.
+
+    finding = unscale(loss_scale, gradients)    # all processes skip, or none
+    norm = clip(gradients, 1.0)                 # the norm of the whole gradients
+
+Whole gradients are handled as in one process. DDP leaves the same ones everywhere, so
+nothing more is sent. Of a sharded gradient each process sees its rows: one number goes
+round for the finding, and one or two for the norm.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import distributed
+
+from castwise.errors import SettingsError
+from castwise.fitting import is_sharded
+from castwise.loss_scale import LossScale, NonFinite
+from castwise.optim.clipping import (
+    clip_by_global_norm,
+    global_norm,
+    norm_over_processes,
+    scale_down,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+
+def unscale(
+    loss_scale: LossScale, gradients: Mapping[str, torch.Tensor]
+) -> NonFinite | None:
+    """Divide gradients by the scale, and find one that is not finite anywhere."""
+    local = {name: local_part(each) for name, each in gradients.items()}
+    finding = loss_scale.unscale(local)
+    if any(map(is_sharded, gradients.values())):
+        finding = _agreed(finding, list(gradients))
+    return finding
+
+
+def clip(gradients: Iterable[torch.Tensor], max_norm: float | None) -> float:
+    """Scale all gradients down together, in place; returns the norm before.
+
+    Raises:
+        SettingsError: `max_norm` is not above 0.
+    """
+    by_groups: dict[tuple[Any, ...], list[torch.Tensor]] = {}
+    for each in gradients:
+        by_groups.setdefault(_groups_of(each), []).append(local_part(each))
+    if not any(by_groups):
+        return clip_by_global_norm(by_groups.get((), []), max_norm)
+    if max_norm is not None and not max_norm > 0:
+        raise SettingsError(f"a norm to clip at needs to be above 0; got {max_norm}")
+    norms = []
+    for groups, parts in by_groups.items():
+        norm = global_norm(parts)
+        for group in groups:
+            norm = norm_over_processes(norm, group)
+        norms.append(norm)
+    whole = math.hypot(*norms)
+    if max_norm is not None:
+        scale_down(list(chain(*by_groups.values())), whole, max_norm)
+    return whole
+
+
+def local_part(gradient: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a tensor, in the same memory; all of a whole one."""
+    if not is_sharded(gradient):
+        return gradient
+    sharded: Any = gradient
+    part: torch.Tensor = sharded.to_local()
+    return part
+
+
+def _groups_of(gradient: torch.Tensor) -> tuple[Any, ...]:
+    """The groups of processes over which a gradient is cut into parts."""
+    if not is_sharded(gradient):
+        return ()
+    sharded: Any = gradient
+    mesh = sharded.device_mesh
+    return tuple(
+        mesh.get_group(axis)
+        for axis, placement in enumerate(sharded.placements)
+        if placement.is_shard()
+    )
+
+
+def _agreed(finding: NonFinite | None, names: Sequence[str]) -> NonFinite | None:
+    """Let all processes take the first finding of any; NaN goes before inf."""
+    nothing = 2 * len(names)
+    rank = nothing
+    if finding is not None:
+        rank = 2 * names.index(finding.parameter) + (finding.kind == "inf")
+    device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
+    first = torch.tensor(rank, device=device)
+    distributed.all_reduce(first, distributed.ReduceOp.MIN)
+    at, is_inf = divmod(int(first), 2)
+    if int(first) == nothing:
+        return None
+    return NonFinite(parameter=names[at], kind="inf" if is_inf else "NaN")
