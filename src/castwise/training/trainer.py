@@ -19,7 +19,7 @@ import signal
 import statistics
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
@@ -105,6 +105,11 @@ class Task(ABC):
         """Measure the model after `step` updates; called with averaged weights."""
         del step
         return {}
+
+    def end_epoch(self, step: int, measures: Mapping[str, float]) -> Sequence[str]:
+        """End an epoch, as a curriculum does; return a line for each change made."""
+        del step, measures
+        return ()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what else a checkpoint must hold, a curriculum for example."""
@@ -334,6 +339,9 @@ class Trainer:
         }
         self._journal.write("epoch", progress.step, values)
         self._display.update(progress.step, measures)
+        for line in self._task.end_epoch(progress.step, measures):
+            self._journal.write("stage", progress.step, {"change": line})
+            self._display.note(f"step {progress.step}: {line}")
         self._monitor.reset_peak()
         progress.num_units = 0
         progress.window_started = time.perf_counter()

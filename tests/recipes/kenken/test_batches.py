@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from castwise.errors import DataError, SettingsError
 from castwise.recipes.kenken.alphabets import EMPTY, Mode, tokens
 from castwise.recipes.kenken.batches import (
     UNKNOWN,
+    Fill,
     Mixture,
     PuzzleBatch,
     assemble,
@@ -68,7 +70,10 @@ def test_a_batch_depends_on_seed_and_step_alone() -> None:
 def test_shares_of_sizes_modes_kinds_and_empty_grids_come_out() -> None:
     """Over 200 steps each share is within five standard errors."""
     mixture = replace(
-        MIXTURE, mode_shares=(0.5, 0.3, 0.2), latin_share=0.2, empty_share=0.4
+        MIXTURE,
+        mode_shares=(0.5, 0.3, 0.2),
+        latin_share=0.2,
+        fills=(Fill(empty_share=0.4),),
     )
     drawn = [draw_batch(puzzle_sets(), mixture, seed=1, step=s) for s in range(200)]
     assert np.mean([b.size == 3 for b in drawn]) == pytest.approx(0.25, abs=0.16)
@@ -82,6 +87,28 @@ def test_shares_of_sizes_modes_kinds_and_empty_grids_come_out() -> None:
     empty = torch.cat([b.hidden.all(dim=1) for b in drawn])[~latin]
     # also some of the others happen to reveal nothing: (1 - f)**16 over f in [0, .7]
     assert 0.4 < empty.float().mean().item() < 0.62
+
+
+def test_puzzles_show_as_much_as_their_fill_says() -> None:
+    """A quarter nearly full, three quarters nearly empty, each cell on its own."""
+    fills = (
+        Fill(share=0.25, empty_share=0.0, reveal=(0.9, 1.0)),
+        Fill(share=0.75, empty_share=0.0, reveal=(0.0, 0.1)),
+    )
+    mixture = replace(MIXTURE, fills=fills)
+    drawn = [draw_batch(puzzle_sets(), mixture, seed=1, step=s) for s in range(60)]
+    shown = torch.cat([1 - b.hidden.float().mean(dim=1) for b in drawn])
+    full = (shown > 0.5).float()
+    assert full.mean().item() == pytest.approx(0.25, abs=5 * 0.43 / len(full) ** 0.5)
+    assert shown[shown > 0.5].mean().item() == pytest.approx(0.95, abs=0.02)
+    assert shown[shown <= 0.5].mean().item() == pytest.approx(0.05, abs=0.02)
+
+
+@pytest.mark.parametrize("change", [{"reveal": (0.5, 0.2)}, {"share": 1.5}])
+def test_a_fill_refuses_chances_that_are_none(change: dict[str, Any]) -> None:
+    """The message names what must rise or lie in 0..1."""
+    with pytest.raises(SettingsError, match=next(iter(change))):
+        Fill(**change)
 
 
 def test_hints_are_answers_in_the_alphabet_of_the_mode() -> None:
@@ -139,7 +166,7 @@ def test_sets_of_two_sizes_do_not_mix() -> None:
         ({"size_shares": (1.0,)}, "size_shares"),
         ({"mode_shares": (1.2, -0.1, -0.1)}, "mode_shares"),
         ({"latin_share": 1.5}, "latin_share"),
-        ({"reveal": (0.5, 0.2)}, "reveal"),
+        ({"fills": (Fill(share=0.5), Fill(share=0.4))}, "fills"),
         ({"cells_per_step": 15}, "cells_per_step"),
     ],
 )

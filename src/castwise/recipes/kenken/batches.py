@@ -205,6 +205,35 @@ def _with_room(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Fill:
+    """How much of their grids some puzzles of a batch show."""
+
+    share: float = 1.0
+    """Share of the puzzles that are shown so."""
+
+    empty_share: float = 0.5
+    """Chance that such a KenKen puzzle comes without a hint."""
+
+    reveal: tuple[float, float] = (0.0, 0.7)
+    """Range of the probability that a cell is revealed, when some are."""
+
+    def __post_init__(self) -> None:
+        """Refuse shares that are none.
+
+        Raises:
+            SettingsError: Naming the setting.
+        """
+        low, high = self.reveal
+        if not all(0 <= x <= 1 for x in (self.share, self.empty_share, low, high)):
+            raise SettingsError(
+                "share, empty_share and the ends of reveal must lie in 0..1; got "
+                f"{self.share}, {self.empty_share} and {self.reveal}; correct them."
+            )
+        if low > high:
+            raise SettingsError(f"reveal must rise, got {self.reveal}; swap its ends.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Mixture:
     """What the batches of a run are made of; a curriculum replaces it as it goes."""
 
@@ -223,14 +252,11 @@ class Mixture:
     latin_share: float = 0.1
     """Share of the puzzles of a batch that are Latin squares without cages."""
 
-    empty_share: float = 0.5
-    """Chance that a KenKen puzzle comes without a hint."""
+    fills: tuple[Fill, ...] = (Fill(),)
+    """How much the puzzles show; the shares sum to 1."""
 
     latin_empty_share: float = 0.1
     """Chance that a Latin square comes without a hint."""
-
-    reveal: tuple[float, float] = (0.0, 0.7)
-    """Range of the probability that a cell is revealed, when some are."""
 
     cells_per_step: int = 1152
     """Cells in a batch; larger puzzles come in smaller batches."""
@@ -248,19 +274,23 @@ class Mixture:
                     f"{name}_shares needs one share of at least 0 for each of {items}; "
                     f"got {shares}; give as many."
                 )
+        fill_shares = tuple(fill.share for fill in self.fills)
+        for name, shares in (
+            ("size_shares", self.size_shares),
+            ("mode_shares", self.mode_shares),
+            ("the shares of fills", fill_shares),
+        ):
             if not math.isclose(sum(shares), 1.0, abs_tol=1e-6):
                 raise SettingsError(
-                    f"{name}_shares must sum to 1; got {shares}, which sum to "
+                    f"{name} must sum to 1; got {shares}, which sum to "
                     f"{sum(shares):g}; divide each by the sum."
                 )
-        low, high = self.reveal
-        chances = (self.latin_share, self.empty_share, self.latin_empty_share)
-        if not all(0 <= chance <= 1 for chance in (*chances, low, high)) or low > high:
-            raise SettingsError(
-                "latin_share, empty_share, latin_empty_share and the ends of reveal "
-                f"must lie in 0..1 and reveal must rise; got {chances} and "
-                f"{self.reveal}; correct them."
-            )
+        for chance in (self.latin_share, self.latin_empty_share):
+            if not 0 <= chance <= 1:
+                raise SettingsError(
+                    "latin_share and latin_empty_share must lie in 0..1; got "
+                    f"{self.latin_share} and {self.latin_empty_share}; correct them."
+                )
         if self.cells_per_step < max(self.sizes) ** 2:
             raise SettingsError(
                 f"cells_per_step must hold one puzzle of size {max(self.sizes)}; got "
@@ -272,6 +302,25 @@ def _choose(shares: Sequence[float], chance: NDArray[np.float64]) -> NDArray[np.
     """Turn uniform numbers into choices with these shares."""
     edges = np.cumsum(shares)[:-1]
     return np.searchsorted(edges, chance, side="right")
+
+
+def _reveal_chances(
+    mixture: Mixture,
+    latin: NDArray[np.bool_],
+    is_empty: NDArray[np.float64],
+    how_much: NDArray[np.float64],
+    which: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """Turn uniform numbers into the chance that a cell of each puzzle is shown."""
+    fill = _choose([each.share for each in mixture.fills], which)
+    empty, low, high = (
+        np.array(column)[fill]
+        for column in zip(
+            *((each.empty_share, *each.reveal) for each in mixture.fills), strict=True
+        )
+    )
+    empty = np.where(latin, np.minimum(mixture.latin_empty_share, empty), empty)
+    return np.where(is_empty < empty, 0.0, low + (high - low) * how_much)
 
 
 def draw_batch(
@@ -296,12 +345,10 @@ def draw_batch(
     choice = uniforms(item_keys(seed, "kenken size", step, 0), 1)[0, 0]
     size = mixture.sizes[int(_choose(mixture.size_shares, np.array(choice)))]
     index = np.arange(mixture.cells_per_step // size**2)
-    draws = uniforms(item_keys(seed, "kenken item", step, index), 5)
+    draws = uniforms(item_keys(seed, "kenken item", step, index), 6)
     mode = _choose(mixture.mode_shares, draws[:, 0])
     latin = draws[:, 1] < mixture.latin_share
-    empty = np.where(latin, mixture.latin_empty_share, mixture.empty_share)
-    low, high = mixture.reveal
-    chance = np.where(draws[:, 2] < empty, 0.0, low + (high - low) * draws[:, 3])
+    chance = _reveal_chances(mixture, latin, draws[:, 2], draws[:, 3], draws[:, 5])
     parts, order = [], []
     for code, name in enumerate(mixture.modes):
         for kind in (Kind.KENKEN, Kind.LATIN):

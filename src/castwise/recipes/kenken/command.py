@@ -10,6 +10,8 @@ from typing import Any
 
 import click
 
+from castwise.recipes.kenken.settings import DIMENSIONS
+
 RUNS = Path("runs") / "kenken"
 
 CHANGES = (
@@ -19,6 +21,8 @@ CHANGES = (
     "modes",
     "evaluate_every",
     "checkpoint_every",
+    "walked",
+    "curriculum_text",
 )
 
 
@@ -53,6 +57,14 @@ CHANGES = (
 @click.option("--steps", "num_steps", type=int, help="Updates of the whole run.")
 @click.option("--sizes", metavar="N,N", help="Sizes to train on, such as 4,5,6.")
 @click.option("--modes", metavar="M,M", help="Alphabets: standard,zero,negative.")
+@click.option("--size-curriculum", is_flag=True, help="Small puzzles first.")
+@click.option("--mode-curriculum", is_flag=True, help="One alphabet first.")
+@click.option("--fill-curriculum", is_flag=True, help="Well-filled grids first.")
+@click.option(
+    "--curriculum",
+    type=click.Path(path_type=Path),
+    help="Stages from a file; the three flags above then choose among them.",
+)
 @click.option("--evaluate-every", type=int, help="Steps of an epoch.")
 @click.option("--checkpoint-every", type=int, help="Steps between two checkpoints.")
 @click.option(
@@ -78,6 +90,13 @@ def train(**flags: Any) -> int:
     from castwise.recipes.precision_choice import PrecisionChoice
 
     given = {name: value for name, value in flags.items() if value is not None}
+    walked = tuple(name for name in DIMENSIONS if flags[f"{name}_curriculum"])
+    if walked:
+        given["walked"] = walked
+    if flags["curriculum"] is not None:
+        from castwise.recipes.kenken.curricula import read_curriculum_file
+
+        given["curriculum_text"] = read_curriculum_file(flags["curriculum"])
     return recipe.train(
         preset=flags["preset"],
         changes={name: given[name] for name in CHANGES if name in given},

@@ -31,6 +31,7 @@ from castwise.policy import Policy
 from castwise.recipes.device_choice import choose_device
 from castwise.recipes.kenken import closing
 from castwise.recipes.kenken.batches import PuzzleBatch
+from castwise.recipes.kenken.curricula import curriculum_of
 from castwise.recipes.kenken.model import KenKenModel, model_settings
 from castwise.recipes.kenken.settings import KenKenSettings, settings_of
 from castwise.recipes.kenken.solver import KIND
@@ -160,8 +161,10 @@ def _plan(
     """Take settings and policy from the flags, or from the checkpoint to resume."""
     device = choose_device(place.device)
     if not folder.resuming:
+        settings = settings_of(preset or "small", changes)
+        curriculum_of(settings)  # refused before anything is made
         return Plan(
-            settings=settings_of(preset or "small", changes),
+            settings=settings,
             policy=choice.policy(otherwise=DEFAULT_PRECISION),
             device=device,
             fallback=choice.fallback,
@@ -199,7 +202,11 @@ def _refuse_other_flags(
 ) -> None:
     """Compare only what was said on the command line with what is stored."""
     changed = settings.with_changes(changes).describe()
-    named = {"num_steps": "--steps"}
+    named = {
+        "num_steps": "--steps",
+        "walked": "--size-, --mode- or --fill-curriculum",
+        "curriculum_text": "--curriculum",
+    }
     asked = {named.get(n, f"--{n.replace('_', '-')}"): changed[n] for n in changes}
     stored = {
         named.get(n, f"--{n.replace('_', '-')}"): settings.describe()[n]
@@ -267,7 +274,12 @@ def _build(
     if settings.average_decay > 0.0:
         averages = ExponentialAverage(model, decay=settings.average_decay)
     task = KenKenTask(
-        run=run, model=model, supply=supply, settings=settings, device=device
+        run=run,
+        model=model,
+        supply=supply,
+        settings=settings,
+        device=device,
+        curriculum=curriculum_of(settings),
     )
     census = _census(run, task)
     facts = _facts(plan, supply, run, census)

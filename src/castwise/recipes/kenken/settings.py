@@ -14,6 +14,7 @@ from typing import Any
 
 from castwise.errors import SettingsError
 
+DIMENSIONS = ("size", "mode", "fill")
 MODE_NAMES = ("standard", "zero", "negative")
 SMALLEST, LARGEST = 3, 9
 
@@ -93,6 +94,12 @@ class KenKenSettings:
 
     checkpoint_every: int
     """Steps between two checkpoints."""
+
+    walked: tuple[str, ...] = ()
+    """Dimensions of the curriculum: size, mode, fill; without any there is none."""
+
+    curriculum_text: str = ""
+    """The curriculum file, or nothing for the default one."""
 
     seed: int = 0
     """Seed of data order, masks and initial weights."""

@@ -10,12 +10,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from statistics import fmean
-from typing import final
+from typing import Any, final
 
 import torch
 
 from castwise.recipes.kenken.alphabets import parse_mode
-from castwise.recipes.kenken.batches import Mixture, PuzzleBatch, draw_batch
+from castwise.recipes.kenken.batches import Fill, Mixture, PuzzleBatch, draw_batch
+from castwise.recipes.kenken.curricula import (
+    LOSS,
+    SOLVED,
+    STAGE_LOSS,
+    STAGE_SOLVED,
+    mixture_in_force,
+)
 from castwise.recipes.kenken.decoding import predictor_of
 from castwise.recipes.kenken.evaluation import EvaluationSettings, evaluate
 from castwise.recipes.kenken.measures import Measures
@@ -23,10 +30,11 @@ from castwise.recipes.kenken.model import KenKenModel, completion_loss
 from castwise.recipes.kenken.puzzle_set import Kind, PuzzleSet
 from castwise.recipes.kenken.settings import KenKenSettings
 from castwise.recipes.kenken.supply import Supply
+from castwise.training.curriculum import Curriculum
 from castwise.training.step import Run
 from castwise.training.trainer import BatchLoss, Task
 
-SCORE = "solved"
+SCORE = SOLVED
 EMPTY_GRID = (0.0, 0.0)
 
 
@@ -39,8 +47,9 @@ def mixture_of(settings: KenKenSettings) -> Mixture:
         modes=modes,
         mode_shares=settings.mode_shares,
         latin_share=settings.latin_share,
-        empty_share=settings.empty_share,
-        reveal=(0.0, settings.max_reveal),
+        fills=(
+            Fill(empty_share=settings.empty_share, reveal=(0.0, settings.max_reveal)),
+        ),
         cells_per_step=settings.cells_per_step,
     )
 
@@ -55,6 +64,7 @@ class KenKenTask(Task):
         supply: Puzzle sets.
         settings: Of the run.
         device: Where batches go.
+        curriculum: Stages to walk through; without dimensions nothing changes.
     """
 
     unit = "cells"
@@ -67,18 +77,21 @@ class KenKenTask(Task):
         supply: Supply,
         settings: KenKenSettings,
         device: torch.device,
+        curriculum: Curriculum | None = None,
     ) -> None:
         self._run = run
         self._model = model
         self._supply = supply
         self._settings = settings
+        self._curriculum = curriculum or Curriculum(())
         self._mixture = mixture_of(settings)
         self._device = device
 
     def batch(self, step: int) -> PuzzleBatch:
         """Draw the batch of a step."""
+        mixture = mixture_in_force(self._mixture, self._curriculum)
         drawn = draw_batch(
-            self._supply.train, self._mixture, seed=self._settings.seed, step=step
+            self._supply.train, mixture, seed=self._settings.seed, step=step
         )
         return drawn.to(self._device)
 
@@ -106,8 +119,43 @@ class KenKenTask(Task):
         return {
             SCORE: fmean(by_size.values()),
             **{f"solved_{size}": rate for size, rate in by_size.items()},
-            "validation_loss": fmean(row.cross_entropy or 0.0 for row in rows),
+            LOSS: fmean(row.cross_entropy or 0.0 for row in rows),
+            **self._stage_measures(),
         }
+
+    def _stage_measures(self) -> dict[str, float]:
+        """Measure on what the stages in force draw from; nothing without a stage."""
+        if not self._curriculum.dimensions:
+            return {}
+        mixture = mixture_in_force(self._mixture, self._curriculum)
+        sets = [
+            self._supply.validation[size, mode, Kind.KENKEN]
+            for size in mixture.sizes
+            for mode in mixture.modes
+        ]
+        fills = tuple(dict.fromkeys(fill.reveal for fill in mixture.fills))
+        empty = any(fill.empty_share for fill in mixture.fills)
+        rows = self.measure(
+            sets,
+            num_puzzles=self._settings.num_quick,
+            fills=(*fills, EMPTY_GRID) if empty else fills,
+        )
+        return {
+            STAGE_SOLVED: fmean(row.valid.value for row in rows),
+            STAGE_LOSS: fmean(row.cross_entropy or 0.0 for row in rows),
+        }
+
+    def end_epoch(self, step: int, measures: Mapping[str, float]) -> tuple[str, ...]:
+        """Let the curriculum stay, advance or go back."""
+        return tuple(map(str, self._curriculum.observe(step, measures)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the curriculum stands, with its history."""
+        return self._curriculum.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where the curriculum stood."""
+        self._curriculum.load_state_dict(state)
 
     @property
     def model(self) -> KenKenModel:
