@@ -38,14 +38,14 @@ class ExactWeights:
 
     Args:
         run: A prepared model and optimizer.
-        held: The weight storage, if one is in force under the optimizer.
+        held: The weight storage in force under the optimizer (default: the run's).
 
     Raises:
         SettingsError: The optimizer holds weights that the model does not name.
     """
 
     def __init__(self, run: Run, held: HeldWeights | None = None) -> None:
-        self._run, self._held = run, held
+        self._run, self._held = run, held or run.held
         named: dict[Tensor, str] = {
             parameter: name for name, parameter in run.model.named_parameters()
         }

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from castwise.optim.adamw import AdamW as AdamW
+from castwise.optim.holding import HeldIn as HeldIn
 from castwise.optim.holding import HeldWeights as HeldWeights
+from castwise.optim.holding import held_weights_of as held_weights_of
 from castwise.optim.holding import hold_weights as hold_weights
 from castwise.optim.lion import Lion as Lion
 from castwise.optim.sgd import SGD as SGD

@@ -19,8 +19,9 @@ ever. A state dict holds every state in its own format, and what the storage kee
 beside the weight; loading it restores both bit by bit, where torch alone casts the
 states to the format of the weight (pytorch#43706).
 
-It refuses what it cannot hold: complex and fp64 parameters (name them in `keep`),
-sharded ones, differentiable optimizers. What is written into a parameter by others
+Sharded parameters (FSDP2) are held shard by shard: hold them after `fully_shard` and
+before the first forward. Complex and fp64 parameters are refused (name them in `keep`),
+and so are differentiable optimizers. What is written into a parameter by others
 (`load_state_dict` of a model, a clamp under `no_grad`) is noticed and becomes the
 weight; what is written behind torch's back through `p.data` is not.
 """
@@ -28,10 +29,11 @@ weight; what is written behind torch's back through `p.data` is not.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MethodType
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import torch
 from torch.optim import Optimizer
@@ -46,6 +48,7 @@ from castwise.optim.joined import (
     check_parameters,
     raise_states,
 )
+from castwise.optim.shards import change_format, is_sharded, local, sharded_like
 from castwise.optim.state_formats import StateFormats
 from castwise.optim.storage import (
     Extras,
@@ -77,6 +80,20 @@ PARAMETER_WISE: frozenset[type[Optimizer]] = frozenset(
 """Optimizers whose update of one parameter depends on no other parameter."""
 
 _BITE = 1 << 22  # elements in fp32 at a time: 16 MiB of weights, 16 MiB of gradients
+
+
+class HeldIn(NamedTuple):
+    """How one parameter is to be held."""
+
+    storage: WeightStorage
+    """What keeps the bits that 16 do not hold."""
+
+    fmt: str = "bf16"
+    """The format that the model computes with."""
+
+
+Choose: TypeAlias = Callable[[torch.nn.Parameter], HeldIn | None]
+"""Says of any parameter how it is to be held; None leaves it as it is."""
 
 
 def hold_weights(
@@ -116,45 +133,53 @@ def hold_weights(
     kind = make_storage(
         storage, fmt, seed=seed, accept_lost_updates=accept_lost_updates
     )
-    if grad_format not in (None, "fp32"):
-        raise SettingsError(
-            f"need grad_format fp32 or None, the format of the weights; "
-            f"got {grad_format!r}"
-        )
+    kept = frozenset(id(parameter) for parameter in keep)
+    held_in = HeldIn(kind, fmt)
     return HeldWeights(
         optimizer,
-        kind,
-        fmt=fmt,
+        lambda parameter: None if id(parameter) in kept else held_in,
         grad_format=grad_format,
-        keep=frozenset(id(parameter) for parameter in keep),
         release_gradients=release_gradients,
     )
 
 
+def held_weights_of(optimizer: Optimizer) -> HeldWeights | None:
+    """Return the hold that is in force under an optimizer, if there is one."""
+    step = optimizer.__dict__.get("step")
+    held = getattr(step, "held_by_castwise", None)
+    return held if isinstance(held, HeldWeights) else None
+
+
 class HeldWeights:
-    """A weight storage in force under an optimizer; made by `hold_weights`."""
+    """Weight storages in force under an optimizer; made by `hold_weights`.
+
+    Args:
+        optimizer: The optimizer.
+        choose: How each of its parameters is to be held, now and when groups are added.
+        grad_format: As in `hold_weights` (default: None).
+        release_gradients: As in `hold_weights` (default: False).
+    """
 
     def __init__(
         self,
         optimizer: Optimizer,
-        storage: WeightStorage,
+        choose: Choose,
         *,
-        fmt: str,
-        grad_format: str | None,
-        keep: Collection[int],
-        release_gradients: bool,
+        grad_format: str | None = None,
+        release_gradients: bool = False,
     ) -> None:
+        if grad_format not in (None, "fp32"):
+            raise SettingsError(
+                f"need grad_format fp32 or None, the format of the weights; "
+                f"got {grad_format!r}"
+            )
         self.optimizer = optimizer
-        self.storage = storage
-        self._dtype = dtype_of(fmt)
+        self._choose = choose
         self._grad_format = grad_format
-        self._keep = keep
         self._release_gradients = release_gradients
         self._held: dict[int, HeldParameter] = {}
         self._hooks: list[Any] = []
-        self._sweeps = isinstance(optimizer, SweepOptimizer) and isinstance(
-            storage, SplitStorage
-        )
+        self._sweeps = isinstance(optimizer, SweepOptimizer)
         self._check_optimizer()
         self._take(self._parameters())
         if self._sweeps:
@@ -163,6 +188,19 @@ class HeldWeights:
         self._inner_add = optimizer.add_param_group
         self._patch()
         self._formats = StateFormats(optimizer, self._extras_of, self._load_extras)
+
+    @property
+    def storages(self) -> dict[str, int]:
+        """How many numbers each storage holds, by its name."""
+        found: Counter[str] = Counter()
+        for held in self._held.values():
+            found[held.storage.name] += held.parameter.numel()
+        return dict(found)
+
+    def storage_of(self, parameter: torch.Tensor) -> str | None:
+        """Return the name of the storage that holds a parameter, if one does."""
+        held = self._held.get(id(parameter))
+        return None if held is None else held.storage.name
 
     @property
     def parameter_wise(self) -> Decision[bool]:
@@ -191,14 +229,19 @@ class HeldWeights:
             What the optimizer's step returns.
         """
         self._notice_foreign_writes()
+        every = list(self._held.values())
         if self._sweeps:
-            with self._joined(self._held.values()):
+            if closure is not None and not all(map(self._is_swept, every)):
+                raise WeightStorageError(
+                    f"{type(self.optimizer).__name__} takes a closure with split "
+                    "weights only; call backward before the step instead"
+                )
+            with self._joined(every):
                 return self._inner_step(closure, **kwargs)
         if closure is None and self.parameter_wise.value:
             for group, bite in self._bites():
                 self._step_bite(group, bite, kwargs)
             return None
-        every = list(self._held.values())
         if closure is None:
             with self._joined(every):
                 return self._inner_step(**kwargs)
@@ -217,7 +260,7 @@ class HeldWeights:
             weights[name] = (
                 value.detach()
                 if held is None
-                else self.storage.join(held.weight, held.extras).clone()
+                else sharded_like(value, held.full().clone())
             )
         return weights
 
@@ -227,6 +270,8 @@ class HeldWeights:
     ) -> None:
         """Load a state dict, keeping every bit of its weights in fp32.
 
+        A sharded module takes weights that are sharded as its own are.
+
         Raises:
             RuntimeError: Names or shapes do not fit, as in `load_state_dict`.
         """
@@ -234,14 +279,23 @@ class HeldWeights:
         for name, value in module.state_dict(keep_vars=True).items():
             held = self._held.get(id(value))
             if held is not None:
-                full = weights[name].detach().to(held.weight.device, torch.float32)
-                self._begin(held, full)
+                part = local(weights[name]).detach()
+                held.begin(part.to(held.weight.device, torch.float32))
 
     def remove(self) -> None:
-        """Give the parameters back in fp32 and the optimizer as it was."""
+        """Give the parameters back in fp32 and the optimizer as it was.
+
+        Raises:
+            WeightStorageError: A parameter is sharded, and FSDP2 works with its format.
+        """
+        if any(held.own is None for held in self._held.values()):
+            raise WeightStorageError(
+                "sharded parameters keep their format for the life of FSDP2; take "
+                "fp32_weights() into a new model instead"
+            )
         self._notice_foreign_writes()
         for held in self._held.values():
-            full = self.storage.join(held.weight, held.extras)
+            full = held.full()
             gradient, held.parameter.grad = held.parameter.grad, None
             held.parameter.grad_dtype = None
             held.parameter.data = full
@@ -258,7 +312,7 @@ class HeldWeights:
             self.optimizer.__dict__[name] = inner
 
     def bytes_per_parameter(self) -> float:
-        """Return the measured bytes of weights and what stands beside them."""
+        """Return the measured bytes of weights and what stands beside them, here."""
         total = sum(
             tensor.numel() * tensor.element_size()
             for held in self._held.values()
@@ -274,9 +328,7 @@ class HeldWeights:
                 f"need an optimizer that does not record its own step; got {name} with "
                 "differentiable=True; hold its weights in fp32"
             )
-        if isinstance(self.optimizer.__dict__.get("step"), MethodType) and hasattr(
-            self.optimizer.step, "held_by_castwise"
-        ):
+        if held_weights_of(self.optimizer) is not None:
             raise WeightStorageError(
                 f"the weights of this {name} are held already; call remove() on that "
                 "hold first"
@@ -292,46 +344,44 @@ class HeldWeights:
         return [parameter for group in groups for parameter in group["params"]]
 
     def _take(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Hold parameters that are neither held nor kept."""
-        new = [p for p in parameters if id(p) not in self._held | self._keep_map()]
-        check_parameters(new, len(self._held), self.storage)
-        for parameter in new:
-            full = parameter.detach().float()
-            weight = torch.empty_like(parameter, dtype=self._dtype).detach()
-            held = HeldParameter(parameter, weight, {})
-            gradient, parameter.grad = parameter.grad, None
-            parameter.data = weight
-            self._held[id(parameter)] = held
-            self._begin(held, full, index=len(self._held))
-            if self._grad_format is not None:
-                parameter.grad_dtype = torch.float32
-            if gradient is not None:
-                parameter.grad = gradient.to(parameter.grad_dtype)
-            raise_states(self.optimizer.state.get(parameter), weight.shape)
-            if self._release_gradients:
-                register: Any = parameter.register_post_accumulate_grad_hook
-                self._hooks.append(register(self._step_one))
+        """Hold parameters that are not held yet, where the choice is to hold them."""
+        chosen = [(p, self._choose(p)) for p in parameters if id(p) not in self._held]
+        new = [(p, held_in) for p, held_in in chosen if held_in is not None]
+        check_parameters([(p, h.storage) for p, h in new], len(self._held))
+        for parameter, held_in in new:
+            self._take_one(parameter, *held_in)
 
-    def _keep_map(self) -> dict[int, None]:
-        return dict.fromkeys(self._keep)
-
-    def _begin(
-        self, held: HeldParameter, full: torch.Tensor, index: int | None = None
+    def _take_one(
+        self, parameter: torch.nn.Parameter, storage: WeightStorage, fmt: str
     ) -> None:
-        """Make an fp32 tensor the weight, with nothing remembered of the former one."""
-        if index is None:
-            index = 1 + list(self._held).index(id(held.parameter))
-        held.extras = self.storage.begin(full, held.weight, index)
-        held.remember_version()
-        held.partner = None
+        full = local(parameter).detach().float()
+        gradient, parameter.grad = parameter.grad, None
+        own = None
+        if is_sharded(parameter):
+            change_format(parameter, dtype_of(fmt), storage.name)
+        else:
+            own = torch.empty_like(parameter, dtype=dtype_of(fmt)).detach()
+            parameter.data = own
+        held = HeldParameter(parameter, storage, own, place=len(self._held) + 1)
+        self._held[id(parameter)] = held
+        held.begin(full)
+        if self._grad_format is not None:
+            parameter.grad_dtype = torch.float32
+        if gradient is not None:
+            parameter.grad = gradient.to(parameter.grad_dtype)
+        raise_states(self.optimizer.state.get(parameter), parameter.shape)
+        if self._release_gradients:
+            register: Any = parameter.register_post_accumulate_grad_hook
+            self._hooks.append(register(self._step_one))
+
+    def _is_swept(self, held: HeldParameter) -> bool:
+        """Return whether the optimizer joins and parts the weight itself."""
+        return self._sweeps and isinstance(held.storage, SplitStorage)
 
     def _notice_foreign_writes(self) -> None:
         """Take over weights that somebody wrote into the parameters since the step."""
         for held in self._held.values():
-            if held.written_by_others():
-                if held.partner is None or held.partner != held.fingerprint():
-                    self._begin(held, held.weight.float())
-                held.remember_version()
+            held.notice_foreign_write()
 
     def _patch(self) -> None:
         """Stand in for the optimizer's own `step` and `add_param_group`."""
@@ -350,7 +400,7 @@ class HeldWeights:
             self._inner_add(param_group)
             self._take(self._parameters())
 
-        step.__dict__["held_by_castwise"] = True
+        step.__dict__["held_by_castwise"] = self
         own["step"] = MethodType(step, self.optimizer)
         own["add_param_group"] = MethodType(add_param_group, self.optimizer)
 
@@ -401,7 +451,9 @@ class HeldWeights:
     @contextmanager
     def _joined(self, held: Iterable[HeldParameter]) -> Iterator[Joined]:
         """Let parameters be fp32, and part them again whatever happens."""
-        change = Joined(self.storage, [] if self._sweeps else list(held))
+        held = list(held)
+        others = [each for each in held if not self._is_swept(each)]
+        change = Joined(self.optimizer, others)
         change.join()
         try:
             yield change
@@ -415,32 +467,15 @@ class HeldWeights:
         return self._held[id(parameter)].extras["remainder"]
 
     def _extras_of(self, parameter: torch.Tensor) -> Extras:
-        """Return what a state dict is to hold of a parameter, named by storage."""
+        """Return what a state dict is to hold of a parameter."""
         held = self._held.get(id(parameter))
-        if held is None:
-            return {}
-        extras = {f"{self.storage.name}.{k}": v for k, v in held.extras.items()}
-        fingerprint = torch.tensor(held.fingerprint(), dtype=torch.int64)
-        return extras | {f"{self.storage.name}.fingerprint": fingerprint}
+        return {} if held is None else held.saved()
 
     def _load_extras(self, parameter: torch.Tensor, saved: Extras) -> None:
         """Take what a state dict held of a parameter."""
         held = self._held.get(id(parameter))
-        if held is None:
-            return
-        prefix = f"{self.storage.name}."
-        own = {k.removeprefix(prefix): v for k, v in saved.items()}
-        fingerprint = own.pop("fingerprint", None)
-        if own.keys() != held.extras.keys() or fingerprint is None:
-            raise WeightStorageError(
-                f"need the states of weights held in {self.storage.name}; got "
-                f"{', '.join(saved)}; hold the weights as they were saved, or load "
-                "them as fp32 with load_fp32_weights"
-            )
-        for name, value in own.items():
-            held.extras[name] = value.to(held.extras[name].device, copy=True)
-        held.partner = int(fingerprint)
-        held.version = -1  # compare at the next step, when the model is loaded too
+        if held is not None:
+            held.load(saved)
 
 
 def _has_step_hooks(optimizer: Optimizer) -> bool:

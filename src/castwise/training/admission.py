@@ -12,6 +12,8 @@ from castwise.errors import SettingsError, StepError
 if TYPE_CHECKING:
     from torch import nn
 
+    from castwise.optim.holding import HeldWeights
+
 
 def refuse_loss(loss: object) -> None:
     """Refuse what `backward` cannot start from."""
@@ -53,12 +55,20 @@ def refuse_settings(
         )
 
 
-def refuse_stale_state(optimizer: torch.optim.Optimizer) -> None:
-    """Refuse moments in another format than the weight that was just changed."""
+def refuse_stale_state(
+    optimizer: torch.optim.Optimizer, held: HeldWeights | None = None
+) -> None:
+    """Refuse moments in another format than the weight that was just changed.
+
+    Codes of 8 bits are no such format, and held weights are fp32 during a step.
+    """
     for weight, state in optimizer.state.items():
+        if held is not None and held.storage_of(weight) is not None:
+            continue
         for name, value in state.items():
             if (
                 isinstance(value, torch.Tensor)
+                and value.is_floating_point()
                 and value.shape == weight.shape
                 and value.dim() > 0
                 and value.dtype is not weight.dtype

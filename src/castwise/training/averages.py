@@ -105,11 +105,15 @@ class ExponentialAverage(Averages):
     def in_place_of_weights(self) -> Iterator[None]:
         """Hold the averages in the model; the weights come back bit by bit."""
         kept = {name: weight.detach().clone() for name, weight in self._weights.items()}
-        try:
-            self._write(self._averages)
-            yield
-        finally:
-            self._write(kept)
+        weights = tuple(self._weights.values())
+        # They are what they were, so whoever watches their versions, such as a weight
+        # storage that keeps the digits below 16 bits, has nothing to notice.
+        with torch.autograd._unsafe_preserve_version_counter(weights):  # noqa: SLF001 -- the only way
+            try:
+                self._write(self._averages)
+                yield
+            finally:
+                self._write(kept)
 
     @torch.no_grad()
     def _write(self, values: dict[str, Tensor]) -> None:

@@ -48,6 +48,9 @@ class PrecisionInForce:
     parameters: Mapping[str, int]
     """Format -> how many numbers of the model's weights are held in it."""
 
+    storage: tuple[Decision[str], ...] = ()
+    """What stands beside weights in 16 bits, and why; empty where none are."""
+
     loss_scale: Decision[str]
     """The kind of loss scale, and why."""
 
@@ -60,6 +63,7 @@ class PrecisionInForce:
             self.islands,
             f"loss scale {self.loss_scale}",
         ]
+        lines[2:2] = [f"stored as {decision}" for decision in self.storage]
         lines.extend(f"fallback: {decision}" for decision in self.fallbacks)
         return "; ".join(lines)
 

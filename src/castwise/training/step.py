@@ -36,6 +36,10 @@ from castwise.training.admission import (
 )
 from castwise.training.in_force import PrecisionInForce, held_formats
 from castwise.training.outcome import Skipped, Stepped, writer_of
+from castwise.training.storage_in_force import (
+    StorageInForce,
+    put_storage_into_force,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -44,6 +48,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.autograd.graph import Node
 
+    from castwise.optim.holding import HeldWeights
     from castwise.policy.rules import Policy
 
 
@@ -171,6 +176,7 @@ class Run:
         fallbacks: tuple[Decision[str], ...],
         loss_scale: LossScale,
         loss_scale_decision: Decision[str],
+        storage: StorageInForce,
         device: torch.device,
         clip_norm: float | None,
     ) -> None:
@@ -184,6 +190,7 @@ class Run:
         self._applied: AppliedPolicy | None = applied
         self._asked, self._fallbacks = asked, fallbacks
         self._loss_scale_decision = loss_scale_decision
+        self._storage = storage
         self._open_step: Step | None = None
         self._names: dict[torch.Tensor, str] = {}
         self._regions: dict[str, Region] = {}
@@ -200,6 +207,11 @@ class Run:
                 "this run was removed from its model; call prepare again for a new one"
             )
         return self._applied
+
+    @property
+    def held(self) -> HeldWeights | None:
+        """What holds the exact weights behind those in 16 bits, if any are."""
+        return self._storage.held
 
     @property
     def phase(self) -> str:
@@ -230,6 +242,7 @@ class Run:
             compute=compute,
             islands=self.applied.coverage(),
             parameters=held_formats(self.model),
+            storage=self._storage.decisions,
             loss_scale=self._loss_scale_decision,
         )
 
@@ -307,10 +320,14 @@ class Run:
         self.num_skipped = int(state["num_skipped"])
 
     def remove(self) -> None:
-        """Take the policy off the model; the run cannot be used afterwards."""
+        """Take the policy off the model; the run cannot be used afterwards.
+
+        Weights in 16 bits come back in fp32, with every bit that their storage held.
+        """
         if self._open_step is not None:
             raise StepError("the run cannot be removed while a step is open; leave it")
         self.applied.remove()
+        self._storage.remove()
         self._applied = None
 
     def _open(self, step: Step) -> None:
@@ -369,6 +386,7 @@ def prepare(
         UnmatchedRuleError: A rule matches nothing in the model.
         IslandError: A module cannot be held as the policy says.
         SettingsError: The optimizer cannot be stepped, or is that of another model.
+        WeightStorageError: A weight in 16 bits cannot be stored as the policy says.
     """
     refuse_settings(model, optimizer, clip_norm)
     if device is not None:
@@ -381,13 +399,14 @@ def prepare(
         else Decision(type(loss_scale).__name__, "it was given to prepare")
     )
     bound = fitted.bind(module_facts(model))
-    refuse_sharded_storage(model, bound)
-    applied = apply_policy(model, bound, where.type, phase=phase)
-    try:
-        refuse_stale_state(optimizer)
-    except StepError:
-        applied.remove()
-        raise
+    storage = put_storage_into_force(model, optimizer, bound, exchanged=bool(fallbacks))
+    with contextlib.ExitStack() as undo:
+        undo.callback(storage.remove)
+        refuse_sharded_storage(model, bound)
+        applied = apply_policy(model, bound, where.type, phase=phase)
+        undo.callback(applied.remove)
+        refuse_stale_state(optimizer, storage.held)
+        undo.pop_all()
     return Run(
         model=model,
         optimizer=optimizer,
@@ -396,6 +415,7 @@ def prepare(
         fallbacks=fallbacks,
         loss_scale=loss_scale or loss_scale_of(decision.value),
         loss_scale_decision=decision,
+        storage=storage,
         device=where,
         clip_norm=clip_norm,
     )
