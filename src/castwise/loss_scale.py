@@ -56,8 +56,12 @@ class NonFinite:
     kind: Literal["inf", "NaN"]
     """NaN where there is at least one; overflow alone gives inf."""
 
+    cause: str = ""
+    """What made it, where somebody found out."""
+
     def __str__(self) -> str:
-        return f"the gradient of {self.parameter!r} holds {self.kind}"
+        cause = f" ({self.cause})" if self.cause else ""
+        return f"the gradient of {self.parameter!r} holds {self.kind}{cause}"
 
 
 class LossScale(abc.ABC):
@@ -256,9 +260,7 @@ class DynamicScale(LossScale):
         if self._scale <= self._floor:
             raise LossScaleError(
                 f"the loss scale is at its floor {self._floor:g} and {finding}, so a "
-                "lower scale cannot help: look for a division by zero, a logarithm of "
-                "zero or a value too large for the format in the forward, or compute "
-                "that module in fp32 or bf16"
+                f"lower scale cannot help: {_remedy(finding)}"
             )
         self._scale = max(_fp32(self._scale * self._backoff), _fp32(self._floor))
 
@@ -406,9 +408,18 @@ class _SkipsInARow:
         if finding is not None and self.number >= self._patience:
             raise LossScaleError(
                 f"{self.number} steps in a row were skipped, {finding}, and {why}: "
-                "look for a division by zero, a logarithm of zero, too high a learning "
-                "rate, or compute the module in a wider format"
+                f"{_remedy(finding)}"
             )
+
+
+def _remedy(finding: NonFinite) -> str:
+    """What to do, by what is known."""
+    if finding.cause:
+        return "mend that operator, or compute its module in a wider format"
+    return (
+        "look for a division by zero, a logarithm of zero, a value too large for the "
+        "format or too high a learning rate, or compute the module in fp32 or bf16"
+    )
 
 
 def _fp32(value: float) -> float:

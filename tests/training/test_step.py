@@ -198,13 +198,14 @@ def test_a_skip_names_the_operator_that_wrote_the_gradient() -> None:
 
 
 def test_a_loss_that_is_not_finite_is_said_to_be_the_cause() -> None:
-    """Then no operator of the backward is blamed."""
+    """Then an operator of the forward is blamed, here one of the loss."""
     run = make_run()
     with run.step() as step:
         step.backward(loss_of(run) * math.nan)
     assert isinstance(step.outcome, Skipped)
     assert step.outcome.because.startswith("the loss is NaN, so the forward went wrong")
-    assert step.outcome.op is None
+    assert (step.outcome.op, step.outcome.module) == ("mul", None)
+    assert step.outcome.stage == "forward"
     assert step.outcome.parameter == "0.weight"
 
 

@@ -319,10 +319,18 @@ def _join(outer: str, path: str) -> str:
 
 @functools.cache
 def _shown(file: str, line: int) -> str:
-    """Name a line as short as it stays clear: below the working folder if it is."""
+    return f"{shown_file(file)}:{line}"
+
+
+def is_users(file: str) -> bool:
+    """Whether a file is code of a user, or of a layer or recipe as theirs would be."""
+    return _kind_of_file(file) == "user"
+
+
+def shown_file(file: str) -> str:
+    """Name a file as short as it stays clear: below the working folder if it is."""
     try:
-        file = str(Path(file).relative_to(Path.cwd()))
+        return str(Path(file).relative_to(Path.cwd()))
     except ValueError:
-        if file.startswith(_TORCH):
-            file = f"torch{file.removeprefix(_TORCH)}"
-    return f"{file}:{line}"
+        inside = file.startswith(_TORCH)
+        return f"torch{file.removeprefix(_TORCH)}" if inside else file

@@ -13,8 +13,10 @@ stood there all along.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from types import FrameType
 from typing import Any, Literal
 
 import torch
@@ -22,7 +24,7 @@ from torch import nn
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from castwise.numerics.call_site import CallSite, CallSites
+from castwise.numerics.call_site import CallSite, CallSites, is_users, shown_file
 from castwise.numerics.operator_call import Stage, format_name, is_view, stage_now
 from castwise.numerics.watched_call import (
     WatchedCall,
@@ -104,13 +106,27 @@ class Origins(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._of: dict[int, Origin] = {}
         self._flushed: dict[int, str] = {}
         self._unwritten: set[int] = set()
-        self.source_line: str | None = None
-        """`file:line` that is named for calls from no line of a user."""
+        self._line: str | None = None
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
         """Let compiled code run as compiled code; otherwise Dynamo would step aside."""
         return True
+
+    def call(self, where: str, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Call a function for a line of the user's code that called it before.
+
+        Args:
+            where: `file:line`, named for operators that no line below it called.
+            func: What is called.
+            args: Its arguments.
+            kwargs: Its keywords.
+        """
+        self._line = shown_file(where)
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self._line = None
 
     def blamed(self, results: Iterable[torch.Tensor]) -> Origin | None:
         """The first origin of what is not finite among results; none if all are."""
@@ -154,9 +170,9 @@ class Origins(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _here(self) -> CallSite:
         site = self._sites.here()
-        if self.source_line is None:
+        if self._line is None or _called_by_user():
             return site
-        return replace(site, where=self.source_line)
+        return replace(site, where=self._line)
 
     def _see(self, call: WatchedCall, site: CallSite | None) -> None:
         if call.is_unwritten:
@@ -259,6 +275,16 @@ class Origins(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 at = next(filter(None, fed), at if call.read else None)
             if at is not None:
                 self._flushed[place] = at
+
+
+def _called_by_user() -> bool:
+    """Whether a line of a user stands between an operator and `Origins.call`."""
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 -- the only fast way
+    while frame is not None and frame.f_code is not Origins.call.__code__:
+        if is_users(frame.f_code.co_filename):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _is_same(one: Origin, other: Origin) -> bool:

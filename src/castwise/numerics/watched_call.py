@@ -111,8 +111,12 @@ class WatchedCall:
 
     def is_told_inf(self) -> bool:
         """Whether an infinity stands among its numbers, as in masked_fill."""
-        numbers = (*self.args, *self.kwargs.values())
-        return any(isinstance(each, float) and math.isinf(each) for each in numbers)
+        return any(map(math.isinf, self.numbers()))
+
+    def numbers(self) -> list[float]:
+        """The Python numbers among its arguments."""
+        given = (*self.args, *self.kwargs.values())
+        return [each for each in given if type(each) in {int, float}]
 
     def in_fp64(self) -> list[torch.Tensor] | None:
         """What it gives in fp64; none where the operator has no such form."""
@@ -130,7 +134,7 @@ class WatchedCall:
         zero = _numbers(made) == 0
         if self.name in _ZERO_BY_RANGE:
             return bool(zero.any())
-        if self.name not in _ZERO_OF_NONZERO:
+        if self.name not in _ZERO_OF_NONZERO or 0 in self.numbers():
             return False
         for each in self.read[:1] if self.name == "pow" else self.read:
             zero = zero & (_numbers(each) != 0)

@@ -1,7 +1,11 @@
 """One plain loop: a step that explains itself, and a trainer that survives a kill.
 
-    step.py          prepare, Run, Step: what one update does
+    step.py          prepare, Run: what one update does
+    open_step.py     one open step: losses in, and the one decision at its end
     outcome.py       Stepped, Skipped: what became of it
+    tape.py          how the losses of a step came about, to be run again
+    replay.py        a skipped step, run again to say which operator is to blame
+    scale_history.py what happened to the loss scale: changes, skips and their causes
     admission.py     what a run refuses before it does anything
     in_force.py      the policy asked for, and the precision that is in force
     trainer.py       the loop: epochs, evaluation, checkpoints, resume

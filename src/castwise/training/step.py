@@ -8,8 +8,9 @@
 
 When the block ends, gradients are unscaled and checked. If all are finite, they are
 clipped by their global norm and the optimizer steps; if one is not, under any format,
-the step is skipped and the weights stay as they are. Gradients are cleared either way,
-and the loss scale learns. When the block dies of an exception, nothing has happened.
+the step is skipped and the weights stay as they are, and it is replayed to say which
+operator is to blame (`replay`). Gradients are cleared either way, and the loss scale
+learns. When the block dies of an exception, nothing has happened.
 
 A training loop of one's own keeps everything else: data, schedule, evaluation.
 """
@@ -17,8 +18,7 @@ A training loop of one's own keeps everything else: data, schedule, evaluation.
 from __future__ import annotations
 
 import contextlib
-import math
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -27,140 +27,28 @@ from castwise.errors import StepError
 from castwise.fitting import device_of, fit_to_device, refuse_sharded_storage
 from castwise.islands import AppliedPolicy, apply_policy, module_facts
 from castwise.loss_scale import LossScale, NonFinite, loss_scale_of
-from castwise.optim.clipping import clip_by_global_norm
 from castwise.region import Region
-from castwise.training.admission import (
-    refuse_loss,
-    refuse_settings,
-    refuse_stale_state,
-)
+from castwise.training.admission import refuse_settings, refuse_stale_state
 from castwise.training.in_force import PrecisionInForce, held_formats
-from castwise.training.outcome import Skipped, Stepped, writer_of
+from castwise.training.open_step import Step
+from castwise.training.outcome import Skipped, Stepped
+from castwise.training.scale_history import ScaleHistory
 from castwise.training.storage_in_force import (
     StorageInForce,
     put_storage_into_force,
 )
+from castwise.training.tape import Tape
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
-    from types import TracebackType
 
     from torch import nn
-    from torch.autograd.graph import Node
 
-    from castwise.optim.holding import HeldWeights
     from castwise.policy.rules import Policy
+    from castwise.training.replay import Again
 
 
 __all__ = ["Run", "Skipped", "Step", "Stepped", "prepare"]
-
-
-class Step:
-    """One open step; made by `run.step()`."""
-
-    def __init__(self, run: Run) -> None:
-        self._run = run
-        self._losses: list[torch.Tensor] = []
-        self._last_node: Node | None = None
-        self._outcome: Stepped | Skipped | None = None
-        self._region: contextlib.AbstractContextManager[None] | None = None
-        self._used = False
-
-    @property
-    def outcome(self) -> Stepped | Skipped:
-        """What became of the step; known when its block has ended."""
-        if self._outcome is None:
-            raise StepError(
-                "the outcome of a step is known when its block has ended without an "
-                "exception; read it after the with block"
-            )
-        return self._outcome
-
-    def backward(self, loss: torch.Tensor, *, retain_graph: bool = False) -> None:
-        """Add the gradients of a scalar loss, scaled; call it once or several times.
-
-        Raises:
-            StepError: The step is not open, or the loss has no gradient.
-        """
-        if self._region is None:
-            raise StepError(
-                "backward needs an open step; call it inside `with run.step() as step:`"
-            )
-        refuse_loss(loss)
-        self._losses.append(loss.detach())
-        self._last_node = loss.grad_fn
-        # Autocast here would cast the products of backward, in fp32 islands too.
-        with torch.autocast(self._run.device.type, enabled=False):
-            self._run.loss_scale.scaled(loss).backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
-
-    def __enter__(self) -> Self:
-        if self._used:
-            raise StepError("a step is used once; call run.step() for each")
-        self._run._open(self)  # noqa: SLF001 -- the run and its step are one room
-        self._used = True
-        region = self._run.region()
-        try:
-            region.__enter__()
-        except BaseException:
-            self._run._close()  # noqa: SLF001 -- the run and its step are one room
-            raise
-        self._region = region
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        assert self._region is not None
-        region, self._region = self._region, None
-        try:
-            region.__exit__(kind, error, trace)
-            if error is None:
-                self._finish()
-        finally:
-            self._run._clear_gradients()  # noqa: SLF001 -- the run and its step are one room
-            self._run._close()  # noqa: SLF001 -- the run and its step are one room
-            self._last_node = None
-
-    def _finish(self) -> None:
-        if not self._losses:
-            raise StepError(
-                "the step ended without a backward, so there is nothing to step by; "
-                "call step.backward(loss) inside the block, not loss.backward()"
-            )
-        run = self._run
-        gradients = run.gradients()
-        scale = run.loss_scale.scale
-        finding = run.loss_scale.unscale(gradients)
-        loss = float(torch.stack([each.float() for each in self._losses]).sum())
-        if finding is None:
-            norm = clip_by_global_norm(list(gradients.values()), run.clip_norm)
-            run.optimizer.step()
-            self._outcome = Stepped(
-                loss=loss,
-                gradient_norm=norm,
-                clipped=run.clip_norm is not None and norm > run.clip_norm,
-                scale=scale,
-            )
-        else:
-            self._outcome = self._skipped(finding, loss, scale)
-        run._count(self._outcome)  # noqa: SLF001 -- the run and its step are one room
-        run.loss_scale.adjust(finding)
-
-    def _skipped(self, finding: NonFinite, loss: float, scale: float) -> Skipped:
-        at = f" at loss scale {scale:g}" if scale != 1 else ""
-        op = None
-        if not math.isfinite(loss):
-            shown = "NaN" if math.isnan(loss) else "inf"
-            because = f"the loss is {shown}, so the forward went wrong; {finding}"
-        else:
-            because = f"{finding}{at}"
-            op = writer_of(self._run.parameters()[finding.parameter], self._last_node)
-        return Skipped(
-            because=because, parameter=finding.parameter, op=op, scale=scale, loss=loss
-        )
 
 
 class Run:
@@ -187,6 +75,9 @@ class Run:
         self.device = device
         self.num_stepped = 0
         self.num_skipped = 0
+        self.history = ScaleHistory()
+        self.history.note_scale(0, loss_scale.scale)
+        self._tape = Tape(model, device)
         self._applied: AppliedPolicy | None = applied
         self._asked, self._fallbacks = asked, fallbacks
         self._loss_scale_decision = loss_scale_decision
@@ -246,9 +137,15 @@ class Run:
             loss_scale=self._loss_scale_decision,
         )
 
-    def step(self) -> Step:
-        """Return a step to open with `with`."""
-        return Step(self)
+    def step(self, again: Again | None = None) -> Step:
+        """Return a step to open with `with`.
+
+        Args:
+            again: Computes the loss of the step once more, or its losses one after the
+                other, to find out why it was skipped. Default: what the model and torch
+                were seen to compute, which is enough unless the model is compiled.
+        """
+        return Step(self, again)
 
     @contextlib.contextmanager
     def inference(self) -> Iterator[None]:
@@ -299,6 +196,7 @@ class Run:
             "phase": self.phase,
             "num_stepped": self.num_stepped,
             "num_skipped": self.num_skipped,
+            "history": self.history.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -318,6 +216,7 @@ class Run:
         self.phase = state["phase"]
         self.num_stepped = int(state["num_stepped"])
         self.num_skipped = int(state["num_skipped"])
+        self.history.load_state_dict(state["history"])
 
     def remove(self) -> None:
         """Take the policy off the model; the run cannot be used afterwards.
@@ -356,6 +255,13 @@ class Run:
             self.num_stepped += 1
         else:
             self.num_skipped += 1
+        self.history.note(self.num_stepped + self.num_skipped, outcome)
+
+    def _learn(self, finding: NonFinite | None) -> None:
+        """Let the scale learn from a step that was counted."""
+        self.loss_scale.adjust(finding)
+        done = self.num_stepped + self.num_skipped
+        self.history.note_scale(done, self.loss_scale.scale)
 
 
 def prepare(

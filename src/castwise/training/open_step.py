@@ -1,0 +1,155 @@
+"""One open step of a run: losses in, and at its end the one decision that it is for.
+
+It belongs to `Run` in `step.py`, which tells the whole story.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import replace
+from typing import TYPE_CHECKING, Self
+
+import torch
+
+from castwise.distributed.gradients import clip, unscale
+from castwise.errors import StepError
+from castwise.loss_scale import NonFinite
+from castwise.training.admission import refuse_loss
+from castwise.training.outcome import Skipped, Stepped, skipped, writer_of
+from castwise.training.replay import Again, Explanation, explain, losses_of
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from torch.autograd.graph import Node
+
+    from castwise.training.step import Run
+
+
+class Step:
+    """One open step; made by `run.step()`."""
+
+    def __init__(self, run: Run, again: Again | None = None) -> None:
+        self._run = run
+        self._again = again
+        self._losses: list[torch.Tensor] = []
+        self._last_node: Node | None = None
+        self._outcome: Stepped | Skipped | None = None
+        self._region: contextlib.AbstractContextManager[None] | None = None
+        self._used = False
+
+    @property
+    def outcome(self) -> Stepped | Skipped:
+        """What became of the step; known when its block has ended."""
+        if self._outcome is None:
+            raise StepError(
+                "the outcome of a step is known when its block has ended without an "
+                "exception; read it after the with block"
+            )
+        return self._outcome
+
+    def backward(self, loss: torch.Tensor, *, retain_graph: bool = False) -> None:
+        """Add the gradients of a scalar loss, scaled; call it once or several times.
+
+        Raises:
+            StepError: The step is not open, or the loss has no gradient.
+        """
+        if self._region is None:
+            raise StepError(
+                "backward needs an open step; call it inside `with run.step() as step:`"
+            )
+        refuse_loss(loss)
+        self._run._tape.note_loss(loss)  # noqa: SLF001 -- a run and its step share it
+        self._losses.append(loss.detach())
+        self._last_node = loss.grad_fn
+        # Autocast here would cast the products of backward, in fp32 islands too.
+        with torch.autocast(self._run.device.type, enabled=False):
+            self._run.loss_scale.scaled(loss).backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+
+    def __enter__(self) -> Self:
+        if self._used:
+            raise StepError("a step is used once; call run.step() for each")
+        self._run._open(self)  # noqa: SLF001 -- a run and its step share it
+        self._used = True
+        region = self._run.region()
+        try:
+            region.__enter__()
+        except BaseException:
+            self._run._close()  # noqa: SLF001 -- a run and its step share it
+            raise
+        self._region = region
+        self._run._tape.open(listens=self._again is None)  # noqa: SLF001 -- as above
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        assert self._region is not None
+        region, self._region = self._region, None
+        run = self._run
+        try:
+            region.__exit__(kind, error, trace)
+            if error is None:
+                self._finish()
+        finally:
+            run._tape.close()  # noqa: SLF001 -- a run and its step share it
+            run._clear_gradients()  # noqa: SLF001 -- as above
+            run._close()  # noqa: SLF001 -- as above
+            self._last_node = None
+
+    def _finish(self) -> None:
+        if not self._losses:
+            raise StepError(
+                "the step ended without a backward, so there is nothing to step by; "
+                "call step.backward(loss) inside the block, not loss.backward()"
+            )
+        run = self._run
+        gradients = run.gradients()
+        scale = run.loss_scale.scale
+        finding = unscale(run.loss_scale, gradients)
+        loss = float(torch.stack([each.float() for each in self._losses]).sum())
+        if finding is None:
+            norm = clip(gradients.values(), run.clip_norm)
+            run.optimizer.step()
+            self._outcome = Stepped(
+                loss=loss,
+                gradient_norm=norm,
+                clipped=run.clip_norm is not None and norm > run.clip_norm,
+                scale=scale,
+            )
+        else:
+            gradients.clear()
+            run._clear_gradients()  # noqa: SLF001 -- as above; the replay needs the room
+            explanation = self._explanation(scale)
+            self._outcome = self._skipped(finding, explanation, loss, scale)
+            finding = replace(finding, cause=str(explanation))
+        run._count(self._outcome)  # noqa: SLF001 -- as above
+        run._learn(finding)  # noqa: SLF001 -- as above
+
+    def _explanation(self, scale: float) -> Explanation:
+        run = self._run
+        tape = run._tape  # noqa: SLF001 -- a run and its step share it
+        return explain(
+            tape.losses if self._again is None else losses_of(self._again, tape.rewind),
+            model=run.model,
+            weights=run.parameters(),
+            recorded=[float(each) for each in self._losses],
+            scale=scale,
+            device=run.device,
+            region=run.region(),
+        )
+
+    def _skipped(
+        self, finding: NonFinite, explanation: Explanation, loss: float, scale: float
+    ) -> Skipped:
+        weight = self._run.parameters()[finding.parameter]
+        return skipped(
+            finding,
+            explanation,
+            writer=writer_of(weight, self._last_node),
+            loss=loss,
+            scale=scale,
+        )
