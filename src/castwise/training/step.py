@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from castwise.optim.holding import HeldWeights
     from castwise.policy.rules import Policy
     from castwise.training.replay import Again
 
@@ -227,6 +228,7 @@ class Run:
             raise StepError("the run cannot be removed while a step is open; leave it")
         self.applied.remove()
         self._storage.remove()
+        self._tape.remove()
         self._applied = None
 
     def _open(self, step: Step) -> None:
