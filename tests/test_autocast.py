@@ -761,3 +761,15 @@ def test_a_frame_that_dynamo_gives_up_runs_as_in_eager_code() -> None:
     given_up.float().square().mean().backward()
     assert given_up.dtype is torch.bfloat16
     assert torch.equal(given_up, eager)
+
+
+def test_a_number_may_stand_for_a_tensor_once_an_operator_has_a_kernel() -> None:
+    """The counter of a batch norm goes on counting, in autocast and outside."""
+    low = DEFAULT_TABLE.with_category("add", "low", "a test")
+    counter, x = torch.tensor(0), torch.ones(3, dtype=BF16)
+    with autocast("cpu", "bf16", low):
+        counter.add_(1)
+        assert (x + 1).dtype == BF16
+    counter.add_(1)
+    assert int(counter) == 2
+    assert (x + 1).dtype == BF16

@@ -29,6 +29,18 @@ if TYPE_CHECKING:
     from castwise.numerics.census import observe as observe
     from castwise.numerics.contract import Contract as Contract
     from castwise.numerics.contract import contract as contract
+    from castwise.numerics.lint import LintReport as LintReport
+    from castwise.numerics.lint import lint as lint
+    from castwise.numerics.search import Budget as Budget
+    from castwise.numerics.search import Found as Found
+    from castwise.numerics.search import Measure as Measure
+    from castwise.numerics.search import SearchSettings as SearchSettings
+    from castwise.numerics.search import search as search
+    from castwise.numerics.validate import Validation as Validation
+    from castwise.numerics.validate import validate as validate
+    from castwise.numerics.validate_function import (
+        validate_function as validate_function,
+    )
     from castwise.optim import hold_weights as hold_weights
     from castwise.policy import OperatorTable as OperatorTable
     from castwise.policy import Policy as Policy
@@ -47,6 +59,7 @@ __version__ = "0.1.0"
 # public name -> the room that owns it
 _ROOMS = {
     "AppliedPolicy": "castwise.islands",
+    "Budget": "castwise.numerics.search",
     "CastwiseError": "castwise.errors",
     "CayleyPropagator": "castwise.layers.cayley",
     "CheckpointShelf": "castwise.checkpoints",
@@ -54,7 +67,10 @@ _ROOMS = {
     "Decision": "castwise.decision",
     "DynamicScale": "castwise.loss_scale",
     "FormatCensus": "castwise.numerics.census",
+    "Found": "castwise.numerics.search",
     "HybridTrainer": "castwise.hybrid.hybrid_trainer",
+    "LintReport": "castwise.numerics.lint",
+    "Measure": "castwise.numerics.search",
     "MemoryMonitor": "castwise.memory.monitor",
     "NoScale": "castwise.loss_scale",
     "OperatorTable": "castwise.policy",
@@ -62,12 +78,15 @@ _ROOMS = {
     "Precision": "castwise.policy",
     "Rule": "castwise.policy",
     "Run": "castwise.training.step",
+    "SearchSettings": "castwise.numerics.search",
     "Skipped": "castwise.training.step",
     "StaticScale": "castwise.loss_scale",
     "Stepped": "castwise.training.step",
+    "Validation": "castwise.numerics.validate",
     "apply_policy": "castwise.islands",
     "contract": "castwise.numerics.contract",
     "hold_weights": "castwise.optim",
+    "lint": "castwise.numerics.lint",
     "load_checkpoint": "castwise.checkpoints",
     "module_facts": "castwise.islands",
     "observe": "castwise.numerics.census",
@@ -77,6 +96,9 @@ _ROOMS = {
     "round_nearest": "castwise.rounding",
     "round_stochastic": "castwise.rounding",
     "save_checkpoint": "castwise.checkpoints",
+    "search": "castwise.numerics.search",
+    "validate": "castwise.numerics.validate",
+    "validate_function": "castwise.numerics.validate_function",
 }
 
 __all__ = ["__version__", *sorted(_ROOMS)]  # noqa: PLE0604 -- the table is the list

@@ -37,6 +37,8 @@ Choice = Callable[[tuple[Any, ...], dict[str, Any]], Formats]
 Run = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 """Calls the operator with cast arguments."""
 
+_NUMBERS = frozenset({bool, int, float, complex})
+
 LOW_DTYPES = (torch.bfloat16, torch.float16)
 """What a region may compute in."""
 
@@ -90,6 +92,7 @@ class OperatorKernel:
         "_native",
         "_op",
         "_run",
+        "_tensors_at",
     )
 
     def __init__(
@@ -106,6 +109,11 @@ class OperatorKernel:
         self._op = op
         self._device_type = device_type
         self._in_force = in_force
+        self._tensors_at = [
+            place
+            for place, argument in enumerate(op._schema.arguments)  # noqa: SLF001 -- as above
+            if str(argument.type) == "Tensor" and not argument.kwarg_only
+        ]
         self._native = None if native is None else _run_of(op, device_type, native)
         self._run = self._native
 
@@ -116,11 +124,19 @@ class OperatorKernel:
     def __call__(self, keyset: Any, *args: Any, **kwargs: Any) -> Any:
         """Called by the dispatcher, which passes the keys still to be served."""
         run = self._run if self._in_force() else self._native
-        if run is None:
+        if run is None and not self._has_number_for_tensor(args):
             return self._op.redispatch(keyset & self._below, *args, **kwargs)
         # Operators inside this one are not cast again, as in PyTorch's own kernels.
         with torch._C._ExcludeDispatchKeyGuard(self._autocast):  # noqa: SLF001 -- as above
-            return run(args, kwargs)
+            return self._op(*args, **kwargs) if run is None else run(args, kwargs)
+
+    def _has_number_for_tensor(self, args: tuple[Any, ...]) -> bool:
+        """Whether a plain number stands for a tensor, which redispatch refuses."""
+        return any(
+            type(args[place]) in _NUMBERS
+            for place in self._tensors_at
+            if place < len(args)
+        )
 
 
 # Dynamo captures the operator, not how its call is cast. Where it gives a frame up (a

@@ -46,6 +46,7 @@ def test_complex_results_are_measured_whole() -> None:
     reference = torch.tensor([0.6 + 0.8j])
     assert relative_error(reference.conj(), reference) == pytest.approx(1.6)
     assert cosine(reference.conj(), reference) == pytest.approx(0.36 - 0.64)
+    assert ulp_error(reference + 2.0**-23 * 1j, reference) == pytest.approx(2, rel=0.3)
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])

@@ -80,11 +80,8 @@ def ulp_error(candidate: Any, reference: Any, fmt: str | Format = "fp32") -> flo
     chosen = parse_format(fmt)
     worst = 0.0
     for got, wanted in _pairs(candidate, reference):
-        error, scale = _difference(got, wanted), wanted
-        if scale.is_complex():
-            error, scale = torch.view_as_real(error), torch.view_as_real(scale)
-        if error.numel():
-            worst = max(worst, _largest(error / _ulp(scale, chosen)))
+        error = _difference(_as_real(got), _as_real(wanted))
+        worst = max(worst, _largest(error / _ulp(_as_real(wanted), chosen)))
     return worst
 
 

@@ -170,6 +170,9 @@ class Wide(TorchFunctionMode):
 class SameDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Lets random operators draw the same numbers whatever dtype they draw for."""
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
     def __torch_dispatch__(
         self,
         func: Any,

@@ -1,0 +1,301 @@
+"""Validation: is a policy good enough? Errors against float64, beside those of fp32.
+
+    report = validate(model, batches, loss_fn, policy)
+    report.summary()   validation of bf16-mixed holds: output 3.1e-03 of 6.3e-02, ...
+    report.check()     raises BudgetError and names what is too far off
+
+Three runs on each batch and seed see the same weights, inputs and random draws:
+
+    reference   the model replayed in float64, or another algorithm that you give
+    baseline    the reference in fp32: its error is the noise floor
+    candidate   the unedited model under the policy
+
+and what must hold, for the output, the loss, the gradients of weights and inputs, and
+each module, is `error.NoiseRule`: error(candidate) <= k * error(baseline) + tolerance.
+The baseline runs twice, once with every weight moved by up to half a unit of fp32: any
+other order of summation moves results as much.
+
+A module that is off says whether its own operators are at fault or what it was fed.
+If candidate and reference agree in every bit, nothing was compared, and that fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from castwise.dtypes import DTYPES, format_of
+from castwise.errors import SettingsError
+from castwise.formats import FORMATS
+from castwise.islands import AppliedPolicy, apply_policy, module_facts
+from castwise.loss_scale import loss_scale_of
+from castwise.numerics.breaches import is_below
+from castwise.numerics.error import (
+    DEFAULT_K,
+    TOLERATED_ROUNDINGS,
+    Measures,
+    NoiseRule,
+    default_tolerance,
+    loss_drift,
+    measure,
+)
+from castwise.numerics.target import Batch, LossFn, checked_batches
+from castwise.numerics.untouched import untouched
+from castwise.numerics.validate_modules import (
+    ModuleMeasures,
+    ModuleRun,
+    measure_modules,
+)
+from castwise.numerics.validate_operators import OperatorError, ReferenceOperators
+from castwise.numerics.validate_records import Judged, ModuleVerdict, Validation
+from castwise.numerics.validate_runs import BaselineRun, CandidateRun, WideRun
+from castwise.policy.rules import Policy
+from castwise.region import Region
+
+__all__ = ["Judged", "ModuleVerdict", "Validation", "validate"]
+
+
+def validate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    loss_fn: LossFn,
+    policy: Policy,
+    *,
+    reference: Callable[..., Any] | None = None,
+    k: float = DEFAULT_K,
+    tolerance: float | None = None,
+    seeds: Sequence[int] = (0,),
+    phase: str = "full",
+    operators: bool = True,
+) -> Validation:
+    """Run a model under a policy, in fp32 and in float64, and compare.
+
+    The model is unedited, and afterwards what it was. It runs in the mode, train or
+    eval, that it is in.
+
+    Args:
+        model: Any module tree, without a policy on it.
+        batches: Tuples of the model's inputs and, last, the target; at least one.
+        loss_fn: From the model's output and the target to a scalar.
+        policy: The candidate.
+        reference: Another algorithm, as a module or any callable of the same inputs;
+            it runs in float64. Default: the model itself.
+        k: How many times the noise floor an error may be.
+        tolerance: What is allowed on top. Default: 16 rounding errors of the narrowest
+            format of the policy.
+        seeds: Of random draws in the model, such as dropout masks.
+        phase: The phase to validate.
+        operators: Whether operators are tried alone; it takes two more runs of each,
+            and memory for the activations of the reference.
+
+    Raises:
+        PolicyError: The policy cannot be put on this model.
+        TargetError: A batch or the loss is not as needed, or the reference does not run
+            in float64; the message names operator and line.
+        BudgetError: `k` or `tolerance` is no number from 0 on.
+    """
+    checked = checked_batches(batches, what="a validation", at_least=1)
+    if not seeds:
+        raise SettingsError("a validation needs at least one seed, such as seeds=(0,)")
+    device = device_of(model)
+    right_one = model if reference is None else reference
+    exact = WideRun(right_one, loss_fn, device)
+    baseline = BaselineRun(right_one, loss_fn, device)
+    with untouched(model, device):
+        applied = apply_policy(
+            model, policy.bind(module_facts(model)), device.type, phase=phase
+        )
+        try:
+            fmt = narrowest_format(applied)
+            rule, because = rule_for(fmt, k, tolerance)
+            candidate = CandidateRun(
+                model,
+                loss_fn,
+                device,
+                Region.of(policy, phase, (applied,)),
+                loss_scale_of(policy.decide_loss_scale().value).scale,
+            )
+            tally = _Tally(model, fmt)
+            for seed in seeds:
+                for batch in checked:
+                    recorder = ReferenceOperators(exact.module) if operators else None
+                    right = exact.run(batch, seed, recorder)
+                    got = candidate.run(batch, seed, recorder)
+                    tally.add(right, got, baseline.run(batch, seed))
+            tried = candidate.operators
+            modules = tally.verdicts(applied, rule, tried)
+        finally:
+            applied.remove()
+    return Validation(
+        candidate=policy.name,
+        reference=exact.name,
+        device=str(device),
+        rule=rule,
+        because=because,
+        num_batches=len(checked),
+        seeds=tuple(seeds),
+        results=tally.results(rule),
+        loss_drift=tally.drift,
+        loss_floor=tally.drift_floor,
+        scale=candidate.scale,
+        modules=modules,
+        operators=tried,
+        lifted=exact.lifted,
+        compared=tally.compared,
+    )
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model is."""
+    return next((weight.device for weight in model.parameters()), torch.device("cpu"))
+
+
+def rule_for(
+    fmt: str, k: float = DEFAULT_K, tolerance: float | None = None
+) -> tuple[NoiseRule, str]:
+    """The rule for results of a format, and where its tolerance comes from."""
+    if tolerance is not None:
+        return NoiseRule(k=k, tolerance=tolerance), "a tolerance that was given"
+    return (
+        NoiseRule(k=k, tolerance=default_tolerance(fmt)),
+        f"{TOLERATED_ROUNDINGS} rounding errors of {fmt}",
+    )
+
+
+def narrowest_format(applied: AppliedPolicy) -> str:
+    """The format with the fewest digits that a policy computes or holds anything in."""
+    bound, phase = applied.bound, applied.phase
+    asked = [bound.precision_of(fqn, phase=phase) for fqn in bound.governing]
+    asked.append(bound.policy.base_precision(phase=phase))
+    found = {fmt for each in asked for fmt in (each.param, each.compute) if fmt}
+    found |= {
+        format_of(buffer.dtype)
+        for buffer in (held.tensor for held in applied.held)
+        if buffer is not None and buffer.dtype in DTYPES.values()
+    }
+    return max(found, key=lambda name: FORMATS[name].eps)
+
+
+class _Tally:
+    """The worst of everything, over batches and seeds."""
+
+    def __init__(self, model: nn.Module, fmt: str) -> None:
+        self._kinds = {fqn: type(m).__name__ for fqn, m in model.named_modules()}
+        self._fmt = fmt
+        self._whole: dict[str, Measures] = {}
+        self._floor: dict[str, Measures] = {}
+        self._modules: dict[str, ModuleMeasures] = {}
+        self._module_floors: dict[str, ModuleMeasures] = {}
+        self.drift = self.drift_floor = 0.0
+
+    def add(
+        self, right: ModuleRun, got: ModuleRun, baselines: Sequence[ModuleRun]
+    ) -> None:
+        """Measure one batch and seed."""
+        fqns = list(self._kinds)
+        for name, result in _results_of(got, right, self._fmt).items():
+            _keep_worst(self._whole, name, result)
+        for fqn, found in measure_modules(got, right, fqns, self._fmt).items():
+            _keep_worst(self._modules, fqn, found)
+        self.drift = max(self.drift, loss_drift(got.outcome.loss, right.outcome.loss))
+        for each in baselines:
+            for name, result in _results_of(each, right, self._fmt).items():
+                _keep_worst(self._floor, name, result)
+            for fqn, found in measure_modules(each, right, fqns, self._fmt).items():
+                _keep_worst(self._module_floors, fqn, found)
+            drift = loss_drift(each.outcome.loss, right.outcome.loss)
+            self.drift_floor = max(self.drift_floor, drift)
+
+    @property
+    def compared(self) -> bool:
+        """Whether anything differs at all.
+
+        Gradients of inputs always differ from wide ones: they land in narrow leaves.
+        """
+        computed = {n: m for n, m in self._whole.items() if n != "input gradients"}
+        counted = computed if len(computed) > 1 else self._whole
+        return any(m.relative or m.nonfinite for m in counted.values())
+
+    def results(self, rule: NoiseRule) -> tuple[Judged, ...]:
+        """Output and gradients beside their floors."""
+        return tuple(
+            Judged(name=name, measures=found, floor=self._floor[name], rule=rule)
+            for name, found in self._whole.items()
+        )
+
+    def verdicts(
+        self,
+        applied: AppliedPolicy,
+        rule: NoiseRule,
+        operators: Sequence[OperatorError],
+    ) -> tuple[ModuleVerdict, ...]:
+        """Each module, and whose fault it is where one is off."""
+        guilty = [each for each in operators if not each.holds(rule)]
+        return tuple(
+            _verdict(
+                fqn,
+                self._kinds[fqn],
+                applied,
+                (found, self._module_floors[fqn]),
+                rule,
+                guilty,
+            )
+            for fqn, found in self._modules.items()
+        )
+
+
+def _verdict(
+    fqn: str,
+    kind: str,
+    applied: AppliedPolicy,
+    measures: tuple[ModuleMeasures, ModuleMeasures],
+    rule: NoiseRule,
+    guilty: Sequence[OperatorError],
+) -> ModuleVerdict:
+    found, floor = measures
+    plain = ModuleVerdict(
+        module=fqn,
+        kind=kind,
+        compute=applied.bound.precision_of(fqn, phase=applied.phase).compute or "",
+        measures=found,
+        floor=floor,
+        state="holds",
+    )
+    if plain.excess(rule) <= 1:
+        return plain
+    own = [each for each in guilty if is_below(each.module, fqn)]
+    worst = max(own, key=lambda each: each.error, default=None)
+    return replace(
+        plain,
+        state="own" if own else "inherited",
+        blamed=None if worst is None else str(worst),
+    )
+
+
+def _results_of(got: ModuleRun, right: ModuleRun, fmt: str) -> dict[str, Measures]:
+    """Output and gradients of one run, measured as far as the reference has them."""
+    pairs: dict[str, tuple[Any, Any]] = {
+        "output": (got.outcome.output, right.outcome.output),
+        "weight gradients": _common(got.outcome.gradients, right.outcome.gradients),
+        "input gradients": (got.outcome.input_gradients, right.outcome.input_gradients),
+    }
+    return {name: measure(*pair, fmt) for name, pair in pairs.items() if pair[1]}
+
+
+def _common(
+    got: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Gradients by name; one that the candidate lacks counts as zero."""
+    names = sorted(right)
+    missing = {n: torch.zeros_like(right[n]) for n in names if n not in got}
+    return {n: got.get(n, missing.get(n, right[n])) for n in names}, {
+        n: right[n] for n in names
+    }
+
+
+def _keep_worst(kept: dict[str, Any], name: str, found: Any) -> None:
+    kept[name] = kept[name].worst(found) if name in kept else found

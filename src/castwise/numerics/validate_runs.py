@@ -1,0 +1,183 @@
+"""The three runs that a validation compares: reference, baseline and candidate.
+
+Each is made once and then run on every batch and seed. All of them draw the same random
+numbers, and random states are afterwards what they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from castwise.formats import FORMATS
+from castwise.islands.products import ProductsHold
+from castwise.numerics.replay import (
+    SameDraws,
+    runs_wide,
+    seeded,
+    wide_copy,
+    wide_values,
+)
+from castwise.numerics.target import Batch, LossFn
+from castwise.numerics.validate_modules import ModuleRun, run_model, run_scaled
+from castwise.numerics.validate_operators import (
+    OperatorError,
+    OperatorsOnTrial,
+    ReferenceOperators,
+)
+from castwise.region import Region
+
+
+class WideRun:
+    """The reference: a model, or another algorithm, in float64."""
+
+    def __init__(
+        self,
+        subject: Callable[..., Any],
+        loss_fn: LossFn,
+        device: torch.device,
+        fmt: str = "fp64",
+    ) -> None:
+        self.subject = (
+            wide_copy(subject, fmt) if isinstance(subject, nn.Module) else subject
+        )
+        self._loss_fn, self._device, self._fmt = loss_fn, device, fmt
+        self._lifted: dict[str, None] = {}
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The module that runs; none for another callable."""
+        return self.subject if isinstance(self.subject, nn.Module) else None
+
+    @property
+    def name(self) -> str:
+        """What it is, for reports."""
+        own = getattr(self.subject, "__name__", type(self.subject).__name__)
+        return f"{own} in {self._fmt}"
+
+    @property
+    def lifted(self) -> tuple[str, ...]:
+        """Formats that the code names by hand, and that were widened."""
+        return tuple(self._lifted)
+
+    def run(
+        self, batch: Batch, seed: int, recorder: SameDraws | None = None
+    ) -> ModuleRun:
+        """Run forward and backward on one batch.
+
+        Raises:
+            TargetError: Something does not run in this format.
+        """
+        what = "the reference" if self.module is None else "the model"
+        with (
+            seeded(seed, self._device),
+            ProductsHold(self._device.type, "ieee"),
+            runs_wide(what, self.module, self._fmt) as wide,
+            recorder or SameDraws(),
+        ):
+            found = run_model(
+                self.subject, wide_values(tuple(batch), self._fmt), self._loss_fn
+            )
+        self._lifted.update(
+            (f"{each.where}: {each.call} names {each.format}", None)
+            for each in wide.lifted
+        )
+        return found
+
+
+class BaselineRun:
+    """The reference in fp32: as it is, and with each weight moved by half a unit.
+
+    What is no module holds no weights that could be fp32; its inputs are moved instead.
+    """
+
+    def __init__(
+        self, subject: Callable[..., Any], loss_fn: LossFn, device: torch.device
+    ) -> None:
+        is_module = isinstance(subject, nn.Module)
+        self._device = device
+        self._moves_inputs = not is_module
+        self._runs = [
+            WideRun(subject, loss_fn, device, fmt)
+            for fmt in (("fp32", "fp32") if is_module else ("fp64",))
+        ]
+        moved = self._runs[-1].module
+        if moved is not None:
+            with torch.no_grad(), seeded(0, device):
+                for weight in moved.parameters():
+                    weight.copy_(_moved(weight))
+
+    def run(self, batch: Batch, seed: int) -> list[ModuleRun]:
+        """Run forward and backward on one batch."""
+        if self._moves_inputs:
+            with seeded(seed, self._device):
+                inputs = tree_map(_moved, tuple(wide_values(batch[:-1], "fp64")))
+            batch = (*inputs, batch[-1])
+        return [each.run(batch, seed) for each in self._runs]
+
+
+class CandidateRun:
+    """The unedited model under a policy that is already on it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        device: torch.device,
+        region: Region,
+        scale: float,
+    ) -> None:
+        self._model, self._loss_fn, self._device = model, loss_fn, device
+        self._region = region
+        self.scale = scale
+        """The loss scale of the latest run."""
+        self._trials: list[OperatorsOnTrial] = []
+
+    @property
+    def operators(self) -> tuple[OperatorError, ...]:
+        """Every operator of all runs, tried alone."""
+        found: dict[tuple[Any, ...], OperatorError] = {}
+        for each in (each for trial in self._trials for each in trial.errors()):
+            key = each.op, each.module, each.stage, each.where, each.format, each.basis
+            found[key] = found[key].joined(each) if key in found else each
+        return tuple(found.values())
+
+    def run(
+        self, batch: Batch, seed: int, recorder: ReferenceOperators | None = None
+    ) -> ModuleRun:
+        """Run forward and backward on one batch; try operators if there is a record."""
+
+        def once(scale: float) -> ModuleRun:
+            mode = SameDraws() if recorder is None else self._trial(recorder)
+            with seeded(seed, self._device), mode:
+                return run_model(
+                    self._model,
+                    batch,
+                    self._loss_fn,
+                    region=lambda: self._region.entered(self._device.type),
+                    scale=scale,
+                )
+
+        found, self.scale = run_scaled(once, self.scale)
+        return found
+
+    def _trial(self, recorder: ReferenceOperators) -> OperatorsOnTrial:
+        if self._trials and self._trials[-1].recorded is recorder:
+            self._trials.pop()  # that was a run with a loss scale that was too large
+        self._trials.append(OperatorsOnTrial(self._model, recorder))
+        recorder.rewind()
+        return self._trials[-1]
+
+
+def _moved(values: Any) -> Any:
+    """Values moved up or down by at most half a unit of fp32."""
+    if not isinstance(values, torch.Tensor) or not (
+        values.is_floating_point() or values.is_complex()
+    ):
+        return values
+    unit = FORMATS["fp32"].eps / 2
+    return values * (1 + unit * (2 * torch.rand_like(values.real) - 1))
