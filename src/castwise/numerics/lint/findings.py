@@ -1,0 +1,200 @@
+"""What a lint says: findings with a figure and a remedy, and those that were silenced.
+
+A finding is silenced by its check, or by its check at one place, always with a reason:
+
+    {"lost-update": "the master weights are kept elsewhere",
+     "rounded-angle@rope.*": "positions end at 64 here"}
+
+Silenced findings are not forgotten; the report lists them with their reasons.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+from castwise.errors import SettingsError
+from castwise.wording import did_you_mean
+
+CHECKS: Mapping[str, str] = {
+    "rounded-angle": "angles or rotary frequencies are rounded to 16 bits",
+    "integer-position": "integers that the format cannot tell apart",
+    "lost-update": "an update is below half an ulp of the weight",
+    "lost-decay": "weight decay is below half an ulp of the weight",
+    "overflowing-constant": "a constant is infinite in fp16",
+    "vanishing-eps": "an eps is zero in the format",
+    "bce-on-probabilities": "binary cross entropy of probabilities that were rounded",
+    "long-reduction": "a sum in 16 bits comes close to its largest number, or stalls",
+    "bare-custom-function": "a custom autograd function multiplies without custom_bwd",
+    "low-loss": "the loss is computed in 16 bits",
+    "smoothed-target": "label smoothing forbids the target loss",
+}
+"""Every check by its id, and what it finds."""
+
+_SHOWN_PLACES = 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """One mistake, with what it costs and what to do."""
+
+    check: str
+    """Id of the check, a key of `CHECKS`."""
+
+    place: str
+    """fqn of the module, buffer or parameter; `loss` or `optimizer` outside of them."""
+
+    where: str
+    """The place for a person: with the operator and the source line, if known."""
+
+    why: str
+    """What goes wrong, one sentence without a period."""
+
+    figure: str
+    """The number that proves it."""
+
+    remedy: str
+    """What to change."""
+
+    others: tuple[str, ...] = ()
+    """Further places where the same goes wrong for the same reason."""
+
+    def __str__(self) -> str:
+        more = ""
+        if self.others:
+            listed = ", ".join(self.others[:_SHOWN_PLACES])
+            hidden = len(self.others) - _SHOWN_PLACES
+            more = f" (also {listed}{f' and {hidden} more' if hidden > 0 else ''})"
+        return (
+            f"{self.check}: {self.where}{more}: {self.why}: {self.figure}; "
+            f"{self.remedy}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Silenced:
+    """A finding that somebody decided to live with."""
+
+    finding: Finding
+    """What was found."""
+
+    key: str
+    """The silence that covers it, `check` or `check@glob`."""
+
+    reason: str
+    """Why it is accepted."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LintReport:
+    """What a lint found before the first step."""
+
+    policy: str
+    """Name of the policy that was looked at."""
+
+    findings: tuple[Finding, ...]
+    """What has to change, or to be silenced with a reason."""
+
+    silenced: tuple[Silenced, ...] = ()
+    """What was found and is accepted."""
+
+    unchecked: tuple[str, ...] = ()
+    """What could not be looked at, and what it needs; one sentence each."""
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether nothing was found that is not silenced."""
+        return not self.findings
+
+    def summary(self) -> str:
+        """One line for logs and reports."""
+        kinds = Counter(finding.check for finding in self.findings)
+        named = ", ".join(f"{number} {check}" for check, number in kinds.items())
+        found = f"found {named}" if named else "found nothing"
+        accepted = f"; {len(self.silenced)} silenced" if self.silenced else ""
+        return f"lint of {self.policy} {found}{accepted}"
+
+    def of(self, check: str) -> tuple[Finding, ...]:
+        """The findings of one check."""
+        return tuple(each for each in self.findings if each.check == check)
+
+    def record(self) -> dict[str, Any]:
+        """Plain values for JSON; `from_record` reads them."""
+        return asdict(self)
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> LintReport:
+        """Build a report from what `record` gave."""
+
+        def finding(each: Mapping[str, Any]) -> Finding:
+            return Finding(**{**each, "others": tuple(each["others"])})
+
+        return cls(
+            policy=record["policy"],
+            findings=tuple(map(finding, record["findings"])),
+            silenced=tuple(
+                Silenced(**{**each, "finding": finding(each["finding"])})
+                for each in record["silenced"]
+            ),
+            unchecked=tuple(record["unchecked"]),
+        )
+
+
+def checked_silences(silence: Mapping[str, str] | None) -> dict[str, str]:
+    """Return the silences if each names a check and gives a reason.
+
+    Raises:
+        SettingsError: One does not.
+    """
+    found = dict(silence or {})
+    for key, reason in found.items():
+        check = key.partition("@")[0]
+        if check not in CHECKS:
+            raise SettingsError(
+                f"a silence needs one of the checks {', '.join(CHECKS)}, got {check!r}"
+                f"{did_you_mean(check, CHECKS)}"
+            )
+        if not reason.strip():
+            raise SettingsError(
+                f"the silence {key!r} needs a reason; write why the finding is accepted"
+            )
+    return found
+
+
+def sorted_out(
+    found: Iterable[Finding], silences: Mapping[str, str]
+) -> tuple[tuple[Finding, ...], tuple[Silenced, ...]]:
+    """Part findings from silenced ones, and join what says the same of many places."""
+    open_findings: list[Finding] = []
+    silenced: list[Silenced] = []
+    for finding in dict.fromkeys(found):
+        key = _covering(finding, silences)
+        if key is None:
+            open_findings.append(finding)
+        else:
+            silenced.append(Silenced(finding=finding, key=key, reason=silences[key]))
+    return tuple(_joined(open_findings)), tuple(silenced)
+
+
+def _covering(finding: Finding, silences: Mapping[str, str]) -> str | None:
+    for key in silences:
+        check, at, glob = key.partition("@")
+        if check == finding.check and (not at or fnmatchcase(finding.place, glob)):
+            return key
+    return None
+
+
+def _joined(findings: Iterable[Finding]) -> Iterable[Finding]:
+    """One finding for each check, reason and remedy, with all of its places."""
+    groups: dict[tuple[str, str, str], list[Finding]] = {}
+    for each in findings:
+        groups.setdefault((each.check, each.why, each.remedy), []).append(each)
+    for group in groups.values():
+        first, *rest = group
+        places = tuple(dict.fromkeys(each.place for each in rest))
+        yield replace(
+            first, others=tuple(place for place in places if place != first.place)
+        )
