@@ -169,6 +169,8 @@ def test_a_skipped_step_is_told_and_changes_nothing(make: Make, tmp_path: Path) 
     (skip,) = made.records("skip")
     assert skip.step == 6
     assert skip.values["parameter"] in {"weight", "bias"}
+    assert (skip.values["op"], skip.values["stage"]) == ("sum", "forward")
+    assert "what an input held" in skip.values["because"]
     assert made.records("train")[-1].values["skipped"] == 1.0
     assert torch.isfinite(made.model.weight).all()
 

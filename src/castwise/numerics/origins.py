@@ -238,8 +238,10 @@ class Origins(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return name[:1].lower() + name[1:], self._forward.get(number) or self._here()
 
     def _source(self, call: WatchedCall) -> str | None:
+        """What the first operand that is not finite is; none for another's result."""
         named = (self._names.get(address(each)) for each in call.bad_read)
-        return next(filter(None, named), None)
+        unknown = any(address(each) not in self._of for each in call.bad_read)
+        return next(filter(None, named), "an input" if unknown else None)
 
     def _kind(
         self, call: WatchedCall, bad: list[torch.Tensor]

@@ -28,7 +28,7 @@ from typing import Any, final
 from torch import Tensor
 
 from castwise.checkpoints import CheckpointShelf
-from castwise.errors import ForeignCheckpointError, SettingsError
+from castwise.errors import ForeignCheckpointError, LossScaleError, SettingsError
 from castwise.memory.monitor import MemoryMonitor
 from castwise.training.averages import Averages
 from castwise.training.display import Display
@@ -263,13 +263,23 @@ class Trainer:
         groups = self._run.optimizer.param_groups
         for group, rate in zip(groups, self._initial_rates, strict=True):
             group["lr"] = rate * factor
-        with self._run.step() as open_step:
-            loss = self._task.loss(self._task.batch(step))
-            open_step.backward(loss.value)
+        open_step = self._run.step(again=lambda: self._task.loss(batch).value)
+        try:
+            with open_step:
+                batch = self._task.batch(step)
+                loss = self._task.loss(batch)
+                open_step.backward(loss.value)
+        except LossScaleError:
+            if isinstance(open_step.outcome, Skipped):
+                self._tell_skip(step, open_step.outcome)
+            raise
         if isinstance(open_step.outcome, Skipped):
             self._tell_skip(step, open_step.outcome)
         else:
             self._averages.update()
+        scale = self._run.loss_scale.scale
+        if scale != open_step.outcome.scale:
+            self._journal.write("scale", step + 1, {"scale": scale})
         self._progress.step = step + 1
         self._progress.num_units += loss.num_units
         self._progress.step_seconds.append(time.perf_counter() - started)
@@ -278,11 +288,8 @@ class Trainer:
 
     def _tell_skip(self, step: int, outcome: Skipped) -> None:
         self._progress.num_skipped += 1
-        values = {
-            "because": outcome.because,
-            "parameter": outcome.parameter or "",
-            "scale": outcome.scale,
-        }
+        names = ("because", "parameter", "op", "module", "stage", "kind", "where")
+        values = {name: getattr(outcome, name) for name in (*names, "scale", "gone_at")}
         self._journal.write("skip", step + 1, values)
         self._display.note(f"step {step + 1} skipped: {outcome.because}")
 

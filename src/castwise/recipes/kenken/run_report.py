@@ -6,7 +6,6 @@ room computes no measure and runs no model. `castwise.report` makes the page.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from castwise.recipes.kenken.puzzle_set import GENERATOR_VERSION, Kind
 from castwise.recipes.kenken.puzzles import Puzzle
 from castwise.recipes.kenken.settings import KenKenSettings
 from castwise.recipes.kenken.solver import Answer
+from castwise.recipes.scale_story import scale_markers, scale_story
 from castwise.report import (
     Column,
     DataTable,
@@ -29,7 +29,6 @@ from castwise.report import (
     Facts,
     HeatTable,
     Lines,
-    Marker,
     Measured,
     Note,
     Report,
@@ -305,6 +304,12 @@ def _precision_blocks(evidence: Evidence) -> tuple[Facts | DataTable, ...]:
                 Fact(name="observed", value=census.summary()),
                 Fact(name="loss scale", value=facts["loss_scale"]),
                 Fact(
+                    name="optimizer",
+                    value=facts["optimizer"]["in_force"],
+                    asked=facts["optimizer"]["asked"],
+                    because=facts["optimizer"]["because"],
+                ),
+                Fact(
                     name="device",
                     value=facts["device"],
                     because=facts["device_because"],
@@ -347,16 +352,9 @@ def _series(name: str, records: Sequence[Record], value: str) -> Series:
     )
 
 
-def _training_blocks(evidence: Evidence) -> tuple[Lines | Note, ...]:
+def _training_blocks(evidence: Evidence) -> tuple[Lines | DataTable, ...]:
     train, epochs, skips = (evidence.of(e) for e in ("train", "epoch", "skip"))
-    markers = tuple(
-        Marker(name=f"skipped: {s.values['because']}", x=float(s.step)) for s in skips
-    )
-    causes = Counter(str(s.values["because"]) for s in skips)
-    told = "No step was skipped."
-    if skips:
-        most = "; ".join(f"{n} x {cause}" for cause, n in causes.most_common(5))
-        told = f"{len(skips)} steps were skipped: {most}."
+    markers = scale_markers(skips)
     return (
         Lines(
             title="Loss",
@@ -366,7 +364,7 @@ def _training_blocks(evidence: Evidence) -> tuple[Lines | Note, ...]:
             ),
             y_label="nats per hidden cell",
             log_y=True,
-            markers=markers[:20],
+            markers=markers,
         ),
         Lines(
             title="Solved from the empty grid, by epoch",
@@ -387,12 +385,7 @@ def _training_blocks(evidence: Evidence) -> tuple[Lines | Note, ...]:
             title="Learning rate",
             series=(_series("learning rate", train, "learning_rate"),),
         ),
-        Lines(
-            title="Loss scale",
-            series=(_series("scale", train, "scale"),),
-            caption=told,
-            markers=markers[:20],
-        ),
+        *scale_story(evidence.records),
     )
 
 
