@@ -36,6 +36,9 @@ class PrecisionChoice:
     fallback: str | None = None
     """Format to use instead of one that the device cannot do."""
 
+    storage: str | None = None
+    """How weights in 16 bits are stored, instead of as the policy says."""
+
     def __post_init__(self) -> None:
         """Refuse two answers to one question.
 
@@ -65,6 +68,8 @@ class PrecisionChoice:
     def policy(self, *, otherwise: str) -> Decision[Policy]:
         """Return the policy asked for, with the flag that asked.
 
+        `--storage` is laid over it.
+
         Args:
             otherwise: Preset to take when no flag was given.
 
@@ -72,6 +77,15 @@ class PrecisionChoice:
             PolicyError: If the preset is unknown or the document malformed.
             StorageError: If the document cannot be read.
         """
+        found = self._policy(otherwise)
+        if self.storage is None:
+            return found
+        return Decision(
+            found.value.with_storage(self.storage),
+            f"{found.because}, --storage {self.storage}",
+        )
+
+    def _policy(self, otherwise: str) -> Decision[Policy]:
         from castwise.policy import Policy, preset
 
         if self.policy_file is not None:

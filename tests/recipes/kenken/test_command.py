@@ -10,11 +10,17 @@ from pathlib import Path
 
 import pytest
 
+from castwise.checkpoints import CheckpointShelf
+from castwise.recipes.kenken.solver import KIND
+
 TRAIN = ("train", "kenken", "--preset", "tiny", "--threads", "1")
 
 
 def castwise(
-    *arguments: str, text: str | None = None, cwd: Path | None = None
+    *arguments: str,
+    text: str | None = None,
+    cwd: Path | None = None,
+    environment: dict[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run the command line in its own process."""
     return subprocess.run(
@@ -25,7 +31,12 @@ def castwise(
         text=True,
         cwd=cwd,
         timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100"},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "COLUMNS": "100",
+            **(environment or {}),
+        },
     )
 
 
@@ -49,6 +60,8 @@ def assert_one_sentence(done: subprocess.CompletedProcess[str], *words: str) -> 
         ((*TRAIN, "--dtype", "bf16", "--precision", "32-true"), ("--dtype",)),
         ((*TRAIN, "--policy", "nowhere.yaml"), ("nowhere.yaml",)),
         ((*TRAIN, "--device", "toaster"), ("toaster", "cuda")),
+        ((*TRAIN, "--optimizer", "adamw9bit"), ("adamw8bit", "lion")),
+        ((*TRAIN, "--storage", "splt"), ("splt", "split", "kahan")),
         ((*TRAIN, "--sizes", "4,x"), ("4,x", "--sizes")),
         ((*TRAIN, "--sizes", "4,99"), ("99",)),
         ((*TRAIN, "--modes", "roman"), ("roman", "negative")),
@@ -157,3 +170,37 @@ def test_one_run_from_data_to_report_and_a_solved_puzzle(tmp_path: Path) -> None
         cwd=tmp_path,
     )
     assert_one_sentence(foreign, "junk.safetensors")
+
+
+@pytest.mark.slow
+def test_the_optimizer_is_recorded_and_a_resumed_run_keeps_it(tmp_path: Path) -> None:
+    """A fallback stands in log, checkpoint and report; another one is refused."""
+    broken = tmp_path / "packages"
+    broken.mkdir()
+    (broken / "bitsandbytes.py").write_text("raise ImportError('no CUDA here')")
+    out = tmp_path / "run"
+    asked = ("--optimizer", "bnb8bit", "--precision", "bf16-true")
+    arguments = [*TRAIN, "--steps", "2", "--sizes", "4", "--modes", "standard"]
+    arguments += ["--checkpoint-every", "1", "--evaluate-every", "2"]
+    arguments += ["--out", str(out), "--data", str(tmp_path / "data"), *asked]
+    paths = {"PYTHONPATH": str(broken)}
+
+    refused = castwise(*arguments, environment=paths)
+    assert_one_sentence(refused, "--optimizer bnb8bit", "no CUDA here", "fallback")
+    done = castwise(*arguments, "--optimizer-fallback", "adamw8bit", environment=paths)
+    assert done.returncode == 0, done.stderr
+    line = "--optimizer-fallback instead of bnb8bit"
+    assert line in " ".join(done.stdout.split())
+    assert "stored as split" in " ".join(done.stdout.split())
+    found = CheckpointShelf(folder=out / "checkpoints", kind=KIND).latest().value
+    assert found is not None
+    facts = found.tree["facts"]["optimizer"]
+    assert (facts["asked"], facts["in_force"]) == ("bnb8bit", "adamw8bit")
+    assert facts["because"].startswith(line)
+    assert "bnb8bit" in (out / "report.html").read_text()
+
+    again = [*TRAIN[:2], "--resume", "--out", str(out)]
+    other = castwise(*again, "--optimizer", "lion")
+    assert_one_sentence(other, "--optimizer is 'bnb8bit' there but 'lion' here")
+    stored = castwise(*again, "--storage", "kahan")
+    assert_one_sentence(stored, "--storage is 'split' there but 'kahan' here")

@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from castwise.decision import Decision
 from castwise.numerics.census import FormatCensus
 from castwise.recipes.kenken.decoding import DecodingSettings, predictor_of
 from castwise.recipes.kenken.drawing import can_draw_boxes, draw_rich
@@ -41,10 +42,12 @@ def opening_lines(facts: Mapping[str, Any], folder: RunFolder) -> list[str]:
     """Say what was asked, what really runs, where, and where it is written."""
     census = FormatCensus.from_record(facts["effective"])
     device = f"{facts['device']} ({facts['device_because']})"
+    optimizer = Decision(facts["optimizer"]["in_force"], facts["optimizer"]["because"])
     return [
         f"asked      {facts['asked_by']}",
         f"in force   {facts['in_force']}",
         f"effective  {census.summary()}",
+        f"optimizer  {optimizer}",
         f"device     {device}, {facts['num_threads']} threads",
         f"folder     {folder.path}",
     ]

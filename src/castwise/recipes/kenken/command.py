@@ -45,6 +45,21 @@ CHANGES = (
     help="Format to use instead of one that the device cannot do.",
 )
 @click.option(
+    "--optimizer",
+    metavar="NAME",
+    help="adamw, adamw8bit, sgd, lion, ...; a wrong name lists all.  [default: torch]",
+)
+@click.option(
+    "--optimizer-fallback",
+    metavar="NAME",
+    help="Optimizer to use instead of one whose package is missing.",
+)
+@click.option(
+    "--storage",
+    metavar="NAME",
+    help="How weights in 16 bits are stored: split, master, ...  [default: the policy]",
+)
+@click.option(
     "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
 )
 @click.option(
@@ -87,6 +102,7 @@ CHANGES = (
 def train(**flags: Any) -> int:
     """Train a KenKen solver on puzzles that are made on the spot."""
     from castwise.recipes.kenken import recipe
+    from castwise.recipes.optimizer_choice import OptimizerChoice
     from castwise.recipes.precision_choice import PrecisionChoice
 
     given = {name: value for name, value in flags.items() if value is not None}
@@ -105,6 +121,10 @@ def train(**flags: Any) -> int:
             precision=flags["precision"],
             policy_file=flags["policy"],
             fallback=flags["fallback"],
+            storage=flags["storage"],
+        ),
+        optimizer=OptimizerChoice(
+            name=flags["optimizer"], fallback=flags["optimizer_fallback"]
         ),
         place=recipe.Place(
             device=flags["device"],

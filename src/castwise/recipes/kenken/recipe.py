@@ -19,7 +19,6 @@ import numba
 import numpy as np
 import torch
 from rich.console import Console
-from torch import nn
 
 import castwise
 from castwise.checkpoints import CheckpointShelf, refuse_contradictions
@@ -37,6 +36,11 @@ from castwise.recipes.kenken.settings import KenKenSettings, settings_of
 from castwise.recipes.kenken.solver import KIND
 from castwise.recipes.kenken.supply import Supply, default_folder, open_supply
 from castwise.recipes.kenken.task import SCORE, KenKenTask
+from castwise.recipes.optimizer_choice import (
+    OptimizerChoice,
+    build_optimizer,
+    decay_groups,
+)
 from castwise.recipes.precision_choice import PrecisionChoice
 from castwise.training.averages import Averages, ExponentialAverage, NoAverages
 from castwise.training.display import open_display
@@ -48,6 +52,7 @@ from castwise.training.step import Run, prepare
 from castwise.training.trainer import Trainer, TrainerSettings
 
 DEFAULT_PRECISION = "bf16-mixed"
+DEFAULT_OPTIMIZER = "torch"
 SIGNAL_CODES = {"SIGINT": 130, "SIGTERM": 143}
 
 
@@ -87,8 +92,14 @@ class Plan:
     policy: Decision[Policy]
     """The precision asked for, and by which flag."""
 
+    optimizer: Decision[str]
+    """The optimizer that steps, and why it is this one."""
+
     device: Decision[torch.device]
     """Where it runs, and why."""
+
+    asked_optimizer: str
+    """The optimizer that was asked for; another than that in force is a fallback."""
 
     fallback: str | None
     """Format to use instead of one that the device cannot do."""
@@ -102,6 +113,7 @@ def train(
     preset: str | None,
     changes: Mapping[str, Any],
     choice: PrecisionChoice,
+    optimizer: OptimizerChoice,
     place: Place,
 ) -> int:
     """Train, measure, report; return the exit code.
@@ -110,6 +122,7 @@ def train(
         preset: Name of the settings to start from; None for `small`.
         changes: Settings given on the command line, by name.
         choice: The precision flags.
+        optimizer: The optimizer flags.
         place: Where it happens.
 
     Raises:
@@ -120,7 +133,7 @@ def train(
     shelf = CheckpointShelf(
         folder=folder.checkpoints, kind=KIND, keep_last=place.keep_last
     )
-    plan = _plan(preset, changes, choice, place, folder, shelf)
+    plan = _plan(preset, changes, choice, optimizer, place, folder, shelf)
     if place.num_threads is not None:
         torch.set_num_threads(place.num_threads)
     with ExitStack() as stack:
@@ -154,6 +167,7 @@ def _plan(
     preset: str | None,
     changes: Mapping[str, Any],
     choice: PrecisionChoice,
+    optimizer: OptimizerChoice,
     place: Place,
     folder: RunFolder,
     shelf: CheckpointShelf,
@@ -166,6 +180,8 @@ def _plan(
         return Plan(
             settings=settings,
             policy=choice.policy(otherwise=DEFAULT_PRECISION),
+            optimizer=optimizer.decide(otherwise=DEFAULT_OPTIMIZER),
+            asked_optimizer=optimizer.name or DEFAULT_OPTIMIZER,
             device=device,
             fallback=choice.fallback,
             tree=None,
@@ -179,13 +195,16 @@ def _plan(
     tree = found.value.tree
     facts = tree["facts"]
     settings = KenKenSettings.from_description(facts["settings"])
-    _refuse_other_flags(preset, changes, choice, settings, facts, found.value.path)
+    where = found.value.path
+    _refuse_other_flags(preset, changes, choice, optimizer, settings, facts, where)
     return Plan(
         settings=settings,
         policy=Decision(
-            Policy.parse(facts["policy"], where=str(found.value.path)),
+            Policy.parse(facts["policy"], where=str(where)),
             facts["asked_by"],
         ),
+        optimizer=_stored_optimizer(facts),
+        asked_optimizer=_asked_optimizer(facts),
         device=device,
         fallback=facts["fallback"],
         tree=tree,
@@ -196,6 +215,7 @@ def _refuse_other_flags(
     preset: str | None,
     changes: Mapping[str, Any],
     choice: PrecisionChoice,
+    optimizer: OptimizerChoice,
     settings: KenKenSettings,
     facts: Mapping[str, Any],
     where: Path,
@@ -214,14 +234,33 @@ def _refuse_other_flags(
     }
     if preset is not None:
         asked["--preset"], stored["--preset"] = preset, settings.preset
+    if optimizer.name is not None:
+        asked["--optimizer"] = optimizer.name
+        stored["--optimizer"] = _asked_optimizer(facts)
+    before = Policy.parse(facts["policy"], where=str(where))
+    if choice.storage is not None:
+        asked["--storage"], stored["--storage"] = choice.storage, before.storage
     if choice.is_given:
         policy = choice.policy(otherwise=DEFAULT_PRECISION)
-        before = Policy.parse(facts["policy"], where=str(where))
         flag = policy.because.split()[0]
         asked[flag], stored[flag] = policy.value.name, before.name
         if policy.value.name == before.name and policy.value != before:
             asked[flag], stored[flag] = policy.value.to_yaml(), before.to_yaml()
     refuse_contradictions(asked, stored, where=where)
+
+
+def _stored_optimizer(facts: Mapping[str, Any]) -> Decision[str]:
+    """Return the optimizer that stepped the stored run, whatever was asked for."""
+    stored = facts.get("optimizer")
+    if stored is None:  # the first version of this recipe knew no other
+        return Decision(DEFAULT_OPTIMIZER, "the recipe's own choice")
+    return Decision(stored["in_force"], stored["because"])
+
+
+def _asked_optimizer(facts: Mapping[str, Any]) -> str:
+    """Return what the stored run asked for."""
+    stored = facts.get("optimizer")
+    return DEFAULT_OPTIMIZER if stored is None else str(stored["asked"])
 
 
 def _open_supply(plan: Plan, place: Place, console: Console) -> Supply:
@@ -264,7 +303,12 @@ def _build(
     model = KenKenModel(model_settings(settings.model)).to(device)
     run = prepare(
         model,
-        _optimizer(model, settings),
+        build_optimizer(
+            plan.optimizer.value,
+            decay_groups(model, settings.weight_decay),
+            lr=settings.learning_rate,
+            betas=settings.betas,
+        ),
         plan.policy.value,
         clip_norm=settings.clip_norm,
         device=device,
@@ -314,29 +358,6 @@ def _build(
     return Built(trainer=trainer, task=task, averages=averages, facts=facts)
 
 
-def _optimizer(model: nn.Module, settings: KenKenSettings) -> torch.optim.Optimizer:
-    """Return AdamW: matrices decay, norms, biases and embeddings do not."""
-    embeddings = {
-        id(module.weight)
-        for module in model.modules()
-        if isinstance(module, nn.Embedding)
-    }
-    matrices: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for parameter in model.parameters():
-        decays = parameter.ndim > 1 and id(parameter) not in embeddings
-        (matrices if decays else others).append(parameter)
-    return torch.optim.AdamW(
-        [
-            {"params": matrices, "weight_decay": settings.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ],
-        lr=settings.learning_rate,
-        betas=settings.betas,
-        fused=True,
-    )
-
-
 def _census(run: Run, task: KenKenTask) -> FormatCensus:
     """Count which operator really runs in which format, on the first batch."""
     batch: PuzzleBatch = task.batch(0)
@@ -361,6 +382,11 @@ def _facts(
         "policy": plan.policy.value.to_yaml(),
         "asked_by": plan.policy.because,
         "fallback": plan.fallback,
+        "optimizer": {
+            "asked": plan.asked_optimizer,
+            "in_force": plan.optimizer.value,
+            "because": plan.optimizer.because,
+        },
         "in_force": run.precision.summary(),
         "loss_scale": str(run.precision.loss_scale),
         "effective": census.record(),
