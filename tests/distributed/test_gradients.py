@@ -61,7 +61,7 @@ def norms(_rank: int, max_norm: float | None) -> Any:
 def test_all_processes_find_what_one_of_them_found(
     two_ranks: TwoRanks, faults: Any, expected: NonFinite | None
 ) -> None:
-    """The first parameter in order, NaN before inf; the rest is divided all the same."""
+    """The first parameter in order, NaN before inf; all are divided all the same."""
     (zero, rows), (one, same) = two_ranks(find, faults)
     assert zero == one == expected
     assert torch.equal(rows, same) or expected is not None
