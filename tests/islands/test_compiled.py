@@ -77,3 +77,41 @@ def test_a_change_of_phase_compiles_once_for_each_phase() -> None:
             torch.testing.assert_close(compiled(x), model(x), rtol=0, atol=0)
     assert len(graphs) == 2
     torch.compiler.reset()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # asked for by Dynamo itself
+def test_a_backward_of_its_own_stands_between_two_graphs() -> None:
+    """Dynamo captures what is around it, once; results are those of eager mode."""
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    model = Block()
+    policy = preset("bf16-mixed").with_rule(
+        module="delicate", stage="backward", precision="fp64"
+    )
+    apply_policy(model, policy.bind(module_facts(model)), "cpu")
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    compiled = torch.compile(model, backend=count)
+    for _ in range(3):
+        x = torch.randn(5, 33)
+        gradients = []
+        for each in (model, compiled):
+            with autocast("cpu", "bf16"):
+                loss = each(x).float().pow(2).mean()
+            gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+        for eager, fast in zip(*gradients, strict=True):
+            assert torch.equal(eager, fast)
+    assert len(graphs) == 2
+    whole = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with (
+        autocast("cpu", "bf16"),
+        pytest.raises(
+            torch._dynamo.exc.Unsupported, match="backward in a precision of its own"
+        ),
+    ):
+        whole(x)
+    torch.compiler.reset()

@@ -564,13 +564,6 @@ def test_a_policy_is_applied_once() -> None:
     put(model, policy(after="fp32"))
 
 
-def test_a_backward_in_another_format_is_refused() -> None:
-    """An eager module's backward runs as its forward did; the rule is named."""
-    asked = policy().with_rule(module="probe", stage="backward", precision="fp64")
-    with pytest.raises(IslandError, match=r"'probe'.*stage backward"):
-        put(Model(), asked)
-
-
 class Rotary(nn.Module):
     """Holds a table that must not be rounded."""
 

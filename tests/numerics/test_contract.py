@@ -253,7 +253,7 @@ def test_an_island_that_lets_its_inputs_in_uncast_is_a_breach(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A border that does not cast is found by what runs behind it."""
-    monkeypatch.setattr(Crossing, "_tensor", lambda _self, tensor: tensor)
+    monkeypatch.setattr(Crossing, "_leaf", lambda _self, tensor: tensor)
     model = nn.Sequential(nn.Linear(15, 15), nn.GELU(), nn.Linear(15, 5))
     policy = BF16.with_rule(module="1", precision="p=fp32,c=fp32,o=bf16")
     proof = contract(model, [batch()], loss_fn, policy)

@@ -1,13 +1,6 @@
 """A bound policy put on a model: first everything is planned and checked, then done.
 
-Which modules become islands: those whose compute or output format differs from that of
-the nearest module above them that has a `forward`. A container without one, such as a
-`ModuleList`, is no border; what it contains is. The root becomes an island only where
-its own formats are not the policy's default, or where weights are held in the format
-that they are computed in (`bf16-true`, `64-true`): then the inputs that a caller brings
-must be cast for it.
-
-How weights and buffers are held:
+Which modules become islands, `layout` decides. How weights and buffers are held:
 
 - A weight takes the `param` format of the module that owns it. `Parameter` objects keep
   their identity, so an optimizer built before still holds them.
@@ -21,6 +14,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,14 +25,14 @@ from castwise.errors import IslandError
 from castwise.islands.border import LOW, Border, Island, PhaseNow
 from castwise.islands.crossing import complex_of
 from castwise.islands.facts import floating_buffers, join, shown
+from castwise.islands.layout import Layout, governing_fqn, is_inside, lay_out
 from castwise.islands.swap import island_of, make_island, unmake_island
-from castwise.policy.keys import PHASES
+from castwise.policy.keys import PHASES, STAGES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from castwise.policy.bound import BoundPolicy
-    from castwise.policy.precision import Precision
 
 _EMULATED = ("fp8_e4m3", "fp8_e5m2")
 
@@ -109,12 +103,19 @@ class AppliedPolicy:
     def low_format(self) -> str | None:
         """The low format of the surroundings, or else of some island, in this phase."""
         around = self.bound.policy.base_precision(phase=self.phase).compute
-        inside = (
-            island.border.compute
-            for island in map(island_of, self.islands.values())
-            if island is not None and island.border is not None
-        )
-        return next((fmt for fmt in (around, *inside) if fmt in LOW), None)
+        inside = (border.compute for _, border in self._borders())
+        again = (border.compute for _, border in self._borders(second=True))
+        return next((fmt for fmt in (around, *inside, *again) if fmt in LOW), None)
+
+    def _borders(self, *, second: bool = False) -> Iterator[tuple[str, Border]]:
+        """Yield the borders of this phase, or those of the second run for backwards."""
+        for fqn, module in self.islands.items():
+            island = island_of(module)
+            if island is None:
+                continue
+            border = island.second_border if second else island.border
+            if border is not None:
+                yield fqn, border
 
     def coverage(self) -> str:
         """One line: which modules run in another format than the rest, in this phase.
@@ -122,18 +123,30 @@ class AppliedPolicy:
         For example `3 modules in fp32 inside bf16: embed.norm, head.norm, solver`.
         """
         around = self.bound.policy.base_precision(phase=self.phase).compute
-        by_format: dict[str, list[str]] = defaultdict(list)
-        for fqn, module in self.islands.items():
-            island = island_of(module)
-            border = None if island is None else island.border
-            if border is not None and (fqn or border.compute != around):
-                by_format[border.compute].append(fqn or "the whole model")
-        if not by_format:
-            return f"no islands: every module in {around}"
-        return "; ".join(
-            f"{len(fqns)} module{'s' if len(fqns) > 1 else ''} in {compute} "
-            f"inside {around}: {_listed(fqns)}"
-            for compute, fqns in by_format.items()
+        inside, again = defaultdict(list), defaultdict(list)
+        for fqn, border in self._borders():
+            if fqn or border.compute != around:
+                inside[border.compute].append(fqn or "the whole model")
+        for fqn, border in self._borders(second=True):
+            if fqn in self.own_backward:
+                again[border.compute].append(fqn or "the whole model")
+        parts = [
+            f"{_count(fqns)} in {compute} inside {around}: {_listed(fqns)}"
+            for compute, fqns in inside.items()
+        ] or [f"no islands: every module in {around}"]
+        parts += [
+            f"backward of {_count(fqns)} in {compute}: {_listed(fqns)}"
+            for compute, fqns in again.items()
+        ]
+        return "; ".join(parts)
+
+    @property
+    def own_backward(self) -> tuple[str, ...]:
+        """The modules whose backward runs in a precision of its own, in this phase."""
+        return tuple(
+            fqn
+            for fqn, module in self.islands.items()
+            if (island := island_of(module)) and island.is_run_again
         )
 
     def remove(self) -> None:
@@ -168,10 +181,10 @@ def apply_policy(
         IslandError: A module cannot be held as the policy says; nothing was changed.
     """
     _refuse_what_cannot_be(model, bound)
-    borders = _plan_borders(model, bound, device_type)
-    held = tuple(_plan_storage(model, bound))
+    layouts = lay_out(model, bound, device_type)
+    held = tuple(plan_storage(model, bound))
     now = PhaseNow("full")
-    islands = {fqn: model.get_submodule(fqn) for fqn in borders}
+    islands = {fqn: model.get_submodule(fqn) for fqn in _island_fqns(layouts)}
     for fqn, module in islands.items():
         _refuse_impossible_island(fqn, module)
     applied = AppliedPolicy(bound=bound, islands=islands, held=held, now=now)
@@ -179,13 +192,39 @@ def apply_policy(
     for each in held:
         each.hold_in(each.after)
     for fqn, module in islands.items():
-        make_island(module, Island(fqn=fqn, borders=borders[fqn], now=now))
+        make_island(module, _island(fqn, layouts, now))
     return applied
 
 
-def _governing_fqn(fqn: str) -> str:
-    """The module whose precision holds: for a parametrization, the parametrized one."""
-    return f".{fqn}".partition(".parametrizations")[0].removeprefix(".")
+def _island_fqns(layouts: Mapping[str, Layout]) -> list[str]:
+    """The modules that are islands in some phase."""
+    fqns: dict[str, None] = {}
+    for layout in layouts.values():
+        fqns |= dict.fromkeys((*layout.borders, *layout.second))
+    return list(fqns)
+
+
+def _island(fqn: str, layouts: Mapping[str, Layout], now: PhaseNow) -> Island:
+    return Island(
+        fqn=fqn,
+        borders={phase: each.borders.get(fqn) for phase, each in layouts.items()},
+        second={phase: each.second.get(fqn) for phase, each in layouts.items()}
+        if _is_run_again(fqn, layouts)
+        else {},
+        own_backward=frozenset(
+            phase for phase, each in layouts.items() if fqn in each.own_backward
+        ),
+        now=now,
+    )
+
+
+def _is_run_again(fqn: str, layouts: Mapping[str, Layout]) -> bool:
+    """Whether the module, or one above it, is run again for its backward."""
+    return any(
+        is_inside(fqn, above)
+        for layout in layouts.values()
+        for above in layout.own_backward
+    )
 
 
 def _refuse_what_cannot_be(model: nn.Module, bound: BoundPolicy) -> None:
@@ -204,23 +243,24 @@ def _refuse_what_cannot_be(model: nn.Module, bound: BoundPolicy) -> None:
 
 def _refuse_two_precisions(bound: BoundPolicy, first: str, fqn: str) -> None:
     """Refuse a module that the policy treats differently under two of its names."""
-    for phase in PHASES:
+    for phase, stage in product(PHASES, STAGES):
         one, other = (
-            bound.precision_of(_governing_fqn(name), phase=phase)
+            bound.precision_of(governing_fqn(name), stage=stage, phase=phase)
             for name in (first, fqn)
         )
         if one != other:
             raise IslandError(
                 f"{shown(first)} and {shown(fqn)} are one module, but get {one} by "
-                f"{_label(bound, first, phase=phase)} and {other} by "
-                f"{_label(bound, fqn, phase=phase)}; give both names one precision"
+                f"{_label(bound, first, stage=stage, phase=phase)} and {other} by "
+                f"{_label(bound, fqn, stage=stage, phase=phase)}; give both names one "
+                "precision"
             )
 
 
 def _refuse_precision(bound: BoundPolicy, fqn: str) -> None:
-    """Refuse formats and stages that eager modules cannot be held in."""
+    """Refuse formats that eager modules cannot be held in."""
     for phase in PHASES:
-        forward = bound.precision_of(_governing_fqn(fqn), phase=phase)
+        forward = bound.precision_of(governing_fqn(fqn), phase=phase)
         for name in ("param", "compute", "output"):
             if getattr(forward, name) in _EMULATED:
                 raise IslandError(
@@ -228,23 +268,13 @@ def _refuse_precision(bound: BoundPolicy, fqn: str) -> None:
                     f"but an eager module cannot have its {name} in "
                     f"{getattr(forward, name)}; use bf16 or fp16"
                 )
-        backward = bound.precision_of(
-            _governing_fqn(fqn), stage="backward", phase=phase
-        )
-        if backward.compute != forward.compute:
-            by = _label(bound, fqn, stage="backward", phase=phase)
-            raise IslandError(
-                f"{shown(fqn)}: {by} gives its backward c={backward.compute}, but an "
-                f"eager module runs backward in the format of its forward, "
-                f"{forward.compute}; leave out the stage"
-            )
 
 
 def _label(
     bound: BoundPolicy, fqn: str, *, stage: str = "forward", phase: str = "full"
 ) -> str:
     """Name what decides for a module, for a message."""
-    rule = bound.rule_of(_governing_fqn(fqn), stage=stage, phase=phase)
+    rule = bound.rule_of(governing_fqn(fqn), stage=stage, phase=phase)
     return rule.label if rule else f"the default of {bound.policy.name}"
 
 
@@ -261,93 +291,11 @@ def _refuse_impossible_island(fqn: str, module: nn.Module) -> None:
         )
 
 
-def _plan_borders(
-    model: nn.Module, bound: BoundPolicy, device_type: str
-) -> dict[str, dict[str, Border | None]]:
-    """For each module that is an island in some phase: its border in every phase."""
-    first_names = {module: fqn for fqn, module in model.named_modules()}
-    plans: dict[str, dict[str, Border | None]] = {}
-    for phase in PHASES:
-        for fqn, (outside, inside) in _insides(model, bound, phase).items():
-            precision = bound.precision_of(_governing_fqn(fqn), phase=phase)
-            assert precision.compute is not None
-            first = first_names[model.get_submodule(fqn)]
-            plans.setdefault(first, dict.fromkeys(PHASES))[phase] = Border(
-                compute=precision.compute,
-                output=_handed_out(precision, outside),
-                device_type=device_type,
-                casts_weights=any(
-                    _weights_need_a_cast(
-                        bound.precision_of(_governing_fqn(each), phase=phase)
-                    )
-                    for each in inside
-                ),
-            )
-    return plans
-
-
-def _insides(
-    model: nn.Module, bound: BoundPolicy, phase: str
-) -> dict[str, tuple[Precision, list[str]]]:
-    """Islands of one phase -> what is around, and the modules inside, itself first."""
-    found: dict[str, tuple[Precision, list[str]]] = {}
-    around: dict[str, Precision] = {}  # what runs outside each module's children
-    homes: dict[str, str | None] = {}  # the island that each module is in
-    default = bound.policy.base_precision(phase=phase)
-    for fqn, module in model.named_modules(remove_duplicate=False):  # parents first
-        own = bound.precision_of(_governing_fqn(fqn), phase=phase)
-        above = fqn.rpartition(".")[0]
-        outside = around[above] if fqn else default
-        needs_border = _differs(own, outside) or (not fqn and _is_pure(own))
-        around[fqn] = own if _has_forward(module) else outside
-        homes[fqn] = homes[above] if fqn else None
-        if needs_border and _has_forward(module):
-            homes[fqn] = fqn
-            found[fqn] = outside, []
-        home = homes[fqn]
-        if home is not None:
-            found[home][1].append(fqn)
-    return found
-
-
-def _has_forward(module: nn.Module) -> bool:
-    """Whether it computes, and does not only contain."""
-    if isinstance(module, torch.jit.ScriptModule):
-        return True
-    return type(module).forward is not nn.Module.forward
-
-
-def _handed_out(own: Precision, outside: Precision) -> str:
-    """What floating outputs are cast to on leaving an island.
-
-    What the policy says, with one exception: bf16 and fp16 regions refuse to multiply
-    fp64, so there it is handed over in fp32.
-    """
-    assert own.output is not None
-    return "fp32" if own.output == "fp64" and outside.compute in LOW else own.output
-
-
-def _differs(own: Precision, around: Precision) -> bool:
-    return (own.compute, own.output) != (around.compute, around.output)
-
-
-def _is_pure(precision: Precision) -> bool:
-    """Whether weights are held in a format other than fp32 and computed in it."""
-    return precision.compute == precision.param != "fp32"
-
-
-def _weights_need_a_cast(precision: Precision) -> bool:
-    """Whether neither the storage nor autocast brings weights to `compute`."""
-    inside = "fp32" if precision.compute == "tf32" else precision.compute
-    autocasts = precision.compute in LOW and precision.param != "fp64"
-    return precision.param != inside and not autocasts
-
-
-def _plan_storage(model: nn.Module, bound: BoundPolicy) -> Iterator[HeldTensor]:
+def plan_storage(model: nn.Module, bound: BoundPolicy) -> Iterator[HeldTensor]:
     """Yield every weight and buffer whose format must change."""
     owners: dict[torch.Tensor, str] = {}
     for fqn, module in model.named_modules():
-        param = bound.precision_of(_governing_fqn(fqn)).param
+        param = bound.precision_of(governing_fqn(fqn)).param
         assert param is not None
         for name, weight in module._parameters.items():  # noqa: SLF001 -- its own, not those below it
             if weight is None:
@@ -368,8 +316,8 @@ def _plan_storage(model: nn.Module, bound: BoundPolicy) -> Iterator[HeldTensor]:
 
 
 def _refuse_torn_weight(bound: BoundPolicy, name: str, first: str, fqn: str) -> None:
-    here = bound.precision_of(_governing_fqn(fqn))
-    there = bound.precision_of(_governing_fqn(first))
+    here = bound.precision_of(governing_fqn(fqn))
+    there = bound.precision_of(governing_fqn(first))
     if here.param != there.param:
         raise IslandError(
             f"{shown(first)} and {shown(fqn)} share the weight {name!r}, but hold it "
@@ -388,8 +336,8 @@ def _buffer_dtype(
     bound: BoundPolicy, fqn: str, name: str, buffer: torch.Tensor
 ) -> torch.dtype:
     """Up with its module, down only by a rule that names the buffer."""
-    place = join(_governing_fqn(fqn), name) if fqn == _governing_fqn(fqn) else None
-    owner = bound.precision_of(_governing_fqn(fqn))
+    place = join(governing_fqn(fqn), name) if fqn == governing_fqn(fqn) else None
+    owner = bound.precision_of(governing_fqn(fqn))
     if place is not None and bound.rule_of(place) is not bound.rule_of(fqn):
         named = bound.precision_of(place).param
         assert named is not None
@@ -403,6 +351,10 @@ def _buffer_dtype(
         if wanted.itemsize > widest.itemsize:
             widest = wanted
     return widest
+
+
+def _count(fqns: list[str]) -> str:
+    return f"{len(fqns)} module{'s' if len(fqns) > 1 else ''}"
 
 
 def _listed(fqns: list[str], most: int = 8) -> str:

@@ -8,14 +8,16 @@ does in `run.step()`.
 from __future__ import annotations
 
 import contextlib
-import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from castwise.dtypes import dtype_of
-from castwise.islands.crossing import Crossing, cast_tensor, tensors_in
+from castwise.islands.crossing import Crossing, tensors_in
+from castwise.islands.lending import cast_weights
+from castwise.islands.own_backward import run_with_own_backward
+from castwise.islands.passage import is_second
 from castwise.islands.products import BackwardHold, Products, ProductsHold
 from castwise.islands.swap import island_of
 
@@ -26,9 +28,6 @@ if TYPE_CHECKING:
 
 LOW = ("bf16", "fp16")
 """Formats for which autocast chooses by operator; in wider ones nothing is cast."""
-
-# a module whose weights are cast for the length of its forward belongs to one thread
-_borrowing = threading.RLock()
 
 _NOTHING = contextlib.nullcontext()
 
@@ -57,11 +56,11 @@ class Border:
         kwargs: dict[str, Any],
     ) -> Any:
         """Cast in, run the module's own forward inside, cast out."""
-        dtype = _dtype_inside(self.compute)
+        dtype = self.dtype_inside
         inward = Crossing(dtype)
         args = tuple(map(inward.values, args))
         kwargs = {name: inward.values(value) for name, value in kwargs.items()}
-        with self._weights(module, dtype), self._operators():
+        with self.weights_cast(module), self._operators():
             if self._products is None or torch.compiler.is_compiling():
                 outputs = forward(module, *args, **kwargs)
             else:
@@ -83,12 +82,18 @@ class Border:
             return torch.autocast(self.device_type, dtype=dtype_of(self.compute))
         return torch.autocast(self.device_type, enabled=False)
 
-    def _weights(
-        self, module: nn.Module, dtype: torch.dtype
+    @property
+    def dtype_inside(self) -> torch.dtype:
+        """What a tensor is held in while operators compute; tf32 lives in fp32."""
+        return dtype_of("fp32" if self.compute == "tf32" else self.compute)
+
+    def weights_cast(
+        self, module: nn.Module
     ) -> contextlib.AbstractContextManager[None]:
+        """Let the module see its weights in the format that it computes in."""
         if not self.casts_weights:
             return _NOTHING
-        return _borrowed_weights(list(_inhabitants(module)), dtype)
+        return cast_weights(list(_inhabitants(module)), self.dtype_inside)
 
     def _hold_backward(self, cast: Sequence[torch.Tensor], outputs: Any) -> None:
         assert self._products is not None
@@ -123,10 +128,54 @@ class Island:
     now: PhaseNow
     """The phase that decides."""
 
+    second: Mapping[str, Border | None] = field(default_factory=dict)
+    """Phase -> its border while gradients are computed in a precision of their own;
+    empty where no module around it has a backward of its own."""
+
+    own_backward: frozenset[str] = frozenset()
+    """The phases in which its backward runs in another precision than its forward."""
+
     @property
     def border(self) -> Border | None:
         """The border in force."""
+        if self.second and is_second():
+            return self.second_border
         return self.borders[self.now.phase]
+
+    @property
+    def is_run_again(self) -> bool:
+        """Whether its backward runs in a precision of its own, in this phase."""
+        return self.now.phase in self.own_backward
+
+    @property
+    def second_border(self) -> Border | None:
+        """The border while gradients are computed in a precision of their own."""
+        return self.second.get(self.now.phase)
+
+    def run(
+        self,
+        module: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Run the module's own forward as the policy says."""
+        if self.own_backward and self.is_run_again and not is_second():
+            return run_with_own_backward(self, module, forward, args, kwargs)
+        return self.run_inside(module, forward, args, kwargs)
+
+    def run_inside(
+        self,
+        module: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Run the module's own forward inside of the border in force."""
+        border = self.border
+        if border is None:
+            return forward(module, *args, **kwargs)
+        return border.run(module, forward, args, kwargs)
 
 
 def _inhabitants(module: nn.Module) -> Iterator[nn.Module]:
@@ -136,28 +185,3 @@ def _inhabitants(module: nn.Module) -> Iterator[nn.Module]:
         island = island_of(child)
         if island is None or island.border is None:
             yield from _inhabitants(child)
-
-
-def _dtype_inside(compute: str) -> torch.dtype:
-    """What a tensor is held in while operators run in `compute`; tf32 lives in fp32."""
-    return dtype_of("fp32" if compute == "tf32" else compute)
-
-
-@contextlib.contextmanager
-def _borrowed_weights(
-    owners: Sequence[nn.Module], dtype: torch.dtype
-) -> Iterator[None]:
-    """Let modules see differentiable casts of their weights, and give them back."""
-    with _borrowing:
-        kept = [(owner._parameters, dict(owner._parameters)) for owner in owners]  # noqa: SLF001 -- assignment by name would refuse a tensor
-        casts: dict[int, Any] = {}  # tied weights stay tied
-        try:
-            for slots, originals in kept:
-                for name, weight in originals.items():
-                    if weight is not None:
-                        cast = casts.setdefault(id(weight), cast_tensor(weight, dtype))
-                        slots[name] = cast
-            yield
-        finally:
-            for slots, originals in kept:
-                slots.update(originals)

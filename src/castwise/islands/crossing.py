@@ -13,9 +13,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from typing import Any
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 _PLAIN = (bool, int, float, str, bytes, type(None))  # hold no tensor, and are met often
 _COMPLEX = {torch.float64: torch.complex128}
@@ -35,28 +39,25 @@ def cast_tensor(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor
 
 
-class Crossing:
-    """Casts what crosses a border in one direction, and remembers it.
+class Walk(ABC):
+    """Exchanges leaves of nested values; containers are copied where one changes."""
 
-    Args:
-        dtype: What floating tensors become.
-    """
+    __slots__ = ("_seen",)
 
-    __slots__ = ("_dtype", "_seen", "made")
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
+    def __init__(self) -> None:
         # what was met, by identity, and what it became; a graph knows no identities
         self._seen: dict[int, Any] | None = (
             None if torch.compiler.is_compiling() else {}
         )
-        self.made: list[torch.Tensor] = []
-        """Tensors that had to be cast, as they are now."""
+
+    @abstractmethod
+    def _leaf(self, value: Any) -> Any:
+        """What stands in place of a leaf, or the value itself."""
 
     def values(self, value: Any) -> Any:
-        """Cast every floating tensor in `value`, wherever it stands."""
+        """Exchange every leaf in `value`, wherever it stands."""
         if isinstance(value, torch.Tensor):
-            return self._tensor(value)
+            return self._leaf(value)
         if isinstance(value, _PLAIN):
             return value
         seen = self._seen
@@ -64,7 +65,7 @@ class Crossing:
             return seen[id(value)]
         parts = _parts(value)
         if parts is None:
-            return value
+            return self._leaf(value)
         if seen is not None:
             seen[id(value)] = value  # a container inside itself passes as it is
         changed = {}
@@ -77,19 +78,79 @@ class Crossing:
             seen[id(value)] = result
         return result
 
-    def _tensor(self, tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.dtype is self._dtype:
-            return tensor
+
+class Crossing(Walk):
+    """Casts what crosses a border in one direction, and remembers it.
+
+    Args:
+        dtype: What floating tensors become.
+    """
+
+    __slots__ = ("_dtype", "made")
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = dtype
+        self.made: list[torch.Tensor] = []
+        """Tensors that had to be cast, as they are now."""
+
+    def _leaf(self, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or value.dtype is self._dtype:
+            return value
         seen = self._seen
-        if seen is not None and id(tensor) in seen:
-            found: torch.Tensor = seen[id(tensor)]
-            return found
-        cast = cast_tensor(tensor, self._dtype)
-        if cast is not tensor:
+        if seen is not None and id(value) in seen:
+            return seen[id(value)]
+        cast = cast_tensor(value, self._dtype)
+        if cast is not value:
             self.made.append(cast)
         if seen is not None:
-            seen[id(tensor)] = cast
+            seen[id(value)] = cast
         return cast
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Place:
+    """Stands where a tensor stood in a nested value, and says which one."""
+
+    index: int
+    """Which of the tensors."""
+
+
+class TakeOut(Walk):
+    """Takes the tensors out of nested values and leaves their places behind."""
+
+    __slots__ = ("tensors",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: list[torch.Tensor] = []
+        """What was found, each once, in order."""
+
+    def _leaf(self, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        for index, tensor in enumerate(self.tensors):
+            if tensor is value:
+                return Place(index)
+        self.tensors.append(value)
+        return Place(len(self.tensors) - 1)
+
+
+class PutBack(Walk):
+    """Puts tensors into the places that `TakeOut` left.
+
+    Args:
+        tensors: One for each that was taken out, in that order.
+    """
+
+    __slots__ = ("_tensors",)
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        super().__init__()
+        self._tensors = tensors
+
+    def _leaf(self, value: Any) -> Any:
+        return self._tensors[value.index] if isinstance(value, Place) else value
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:
@@ -112,6 +173,8 @@ def _parts(value: Any) -> dict[Any, Any] | None:
         return value
     if isinstance(value, list | tuple):
         return dict(enumerate(value))
+    if isinstance(value, Place):
+        return None
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {
             field.name: getattr(value, field.name)

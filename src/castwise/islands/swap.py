@@ -101,10 +101,9 @@ def _make_class(base: Any) -> type:
     @functools.wraps(base.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         island = island_of(self)
-        border = None if island is None else island.border
-        if border is None:
+        if island is None:
             return base.forward(self, *args, **kwargs)
-        return border.run(self, base.forward, args, kwargs)
+        return island.run(self, base.forward, args, kwargs)
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> tuple[Any, ...]:  # noqa: N807 -- becomes the method of that name
         rebuild, args, *rest = base.__reduce_ex__(self, protocol)

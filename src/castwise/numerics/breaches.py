@@ -23,6 +23,8 @@ from castwise.dtypes import dtype_of
 from castwise.islands import AppliedPolicy
 from castwise.islands.crossing import tensors_in
 from castwise.islands.facts import join
+from castwise.islands.passage import is_second
+from castwise.islands.swap import island_of
 from castwise.numerics.call_site import without_wrapper
 from castwise.numerics.operator_call import CAST, format_name
 from castwise.numerics.witness import OperatorRun, Witness, address
@@ -167,6 +169,8 @@ def watch_outputs(applied: AppliedPolicy, found: list[Breach]) -> list[Any]:
     return [
         module.register_forward_hook(_OutputWatch(applied, fqn, found))
         for fqn, module in applied.islands.items()
+        if (island := island_of(module)) is not None
+        and island.borders[applied.phase] is not None
     ]
 
 
@@ -182,6 +186,8 @@ class _OutputWatch:
         self._allowed = narrowed.get(output, (output,))
 
     def __call__(self, _module: nn.Module, _args: Any, outputs: Any) -> None:
+        if is_second():  # what it hands out then, its surroundings differentiate
+            return
         for tensor in tensors_in(outputs):
             fmt = format_name(tensor.dtype)
             if tensor.is_floating_point() and fmt not in self._allowed:

@@ -19,6 +19,7 @@ import torch
 from torch.utils import flop_counter
 
 from castwise.dtypes import DTYPES
+from castwise.islands.passage import kind_now
 from castwise.islands.products import products_now
 from castwise.policy.ops import OUTER_OPERATORS, operator_name
 
@@ -86,7 +87,8 @@ def stage_now(*, updating: bool = False) -> Stage:
         return "update"
     if torch._C._current_graph_task_id() < 0:  # noqa: SLF001 -- no public way to ask
         return "forward"
-    return "recompute" if torch.is_grad_enabled() else "backward"
+    is_forward = torch.is_grad_enabled() or kind_now() in {"forward", "again"}
+    return "recompute" if is_forward else "backward"
 
 
 def is_view(func: OpOverload) -> bool:

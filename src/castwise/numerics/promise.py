@@ -8,8 +8,10 @@ module that computes low, the operator table promises:
     widest   all floating inputs have one format
     as_is    formats that the policy, the batch or the weights brought in, no others
 
-A backward operator is promised the format of the operator that it differentiates. What
-an operator calls inside of itself is judged by the outer one that the source names.
+A backward operator is promised the format of the operator that it differentiates. Where
+a rule gives the backward of a module a compute format of its own, that holds instead,
+for the backward operators and for all that the module computes again for them. What an
+operator calls inside of itself is judged by the outer one that the source names.
 Complex inputs count as the real format of their digits. Nobody decided a custom
 operator without an entry in the table, a product that no entry covers, and a cast by
 hand.
@@ -18,9 +20,11 @@ hand.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING, Literal
 
 from castwise.islands.border import LOW
+from castwise.islands.layout import governing_fqn
 from castwise.numerics.operator_call import CAST, OperatorCall
 from castwise.policy.ops import operator_name
 
@@ -30,6 +34,14 @@ if TYPE_CHECKING:
 
 Kind = Literal["exact", "low", "one", "inputs", "undecided"]
 """How a promise is judged: see the categories above; `exact` is fp32 or an island's."""
+
+PolicyStage = Literal["forward", "backward"]
+"""The stage whose rules decide."""
+
+_STAGES: tuple[PolicyStage, ...] = ("forward", "backward")
+
+_Place = tuple[str | None, PolicyStage]
+"""A module, none outside of the model, and a stage."""
 
 HAND_CASTS = frozenset(
     {
@@ -122,40 +134,59 @@ class Promises:
         self._bound = bound
         self._phase = phase
         self._table = bound.policy.operator_table(phase)
-        self._computes: dict[str | None, str] = {}
-        self._known: dict[tuple[str | None, str, str | None, bool], Promise] = {}
+        self._computes: dict[_Place, str] = {}
+        self._known: dict[tuple[_Place, str, str | None, bool], Promise] = {}
         self._allowed = brought | self._formats_of_policy()
 
-    def forward(self, call: OperatorCall, site: CallSite, *, in_place: bool) -> Promise:
-        """Look up what a call in a forward or a recompute was promised."""
+    def forward(
+        self,
+        call: OperatorCall,
+        site: CallSite,
+        *,
+        in_place: bool,
+        stage: PolicyStage = "forward",
+    ) -> Promise:
+        """Look up what a call in a forward or a recompute was promised.
+
+        Args:
+            call: What was called.
+            site: From where.
+            in_place: Whether it writes to one of its inputs.
+            stage: The one whose rules hold; `backward` where a module is run again
+                for a backward of its own.
+        """
+        place = site.module, stage
         named = None if in_place or call.op == CAST else site.call
         if in_place or site.names_dtype:
-            return self._free(
-                site.module, "it follows the tensor or dtype= that it names"
-            )
-        key = site.module, call.op, named, call.num_flops > 0
+            return self._free(place, "it follows the tensor or dtype= that it names")
+        key = place, call.op, named, call.num_flops > 0
         if key not in self._known:
             self._known[key] = self._promise(*key)
         return self._known[key]
 
-    def backward(self, forward: Promise, module: str | None) -> Promise:
-        """Turn the promise of a forward operator into that of its backward."""
+    def of_derivative(
+        self, call: OperatorCall, site: CallSite, *, in_place: bool
+    ) -> Promise:
+        """Look up what was promised for the backward of a call in a forward."""
+        forward = self.forward(call, site, in_place=in_place, stage="backward")
         if forward.kind in {"exact", "low", "inputs"}:
             return forward
-        return self._free(module, "it differentiates what stays as it is")
+        place: _Place = site.module, "backward"
+        return self._free(place, "it differentiates what stays as it is")
 
     def custom_backward(self, call: OperatorCall, site: CallSite) -> Promise:
         """Look up what a call in the backward of a custom function was promised."""
-        if call.num_flops or self._compute(site.module) not in LOW:
-            return self.forward(call, site, in_place=False)
-        return self._free(site.module, "the table is not in force in a backward")
+        place: _Place = site.module, "backward"
+        if call.num_flops or self._compute(place) not in LOW:
+            return self.forward(call, site, in_place=False, stage="backward")
+        return self._free(place, "the table is not in force in a backward")
 
     def graph_backward(self, call: OperatorCall, site: CallSite) -> Promise:
         """Look up what a node of a captured backward graph was promised.
 
         The source name that the node kept is that of the forward operator.
         """
-        return self.backward(self.forward(call, site, in_place=False), site.module)
+        return self.of_derivative(call, site, in_place=False)
 
     def engine(self) -> Promise:
         """What the engine of autograd is promised where it adds up gradients."""
@@ -185,44 +216,44 @@ class Promises:
 
     def compute_of(self, module: str | None) -> str:
         """The compute format of a module; of the surroundings outside of the model."""
-        return self._compute(module)
+        return self._compute((module, "forward"))
 
     def _promise(
-        self, module: str | None, op: str, named: str | None, is_product: bool
+        self, place: _Place, op: str, named: str | None, is_product: bool
     ) -> Promise:
-        compute = self._compute(module)
+        compute = self._compute(place)
         if compute not in LOW:
             held = "fp32" if compute == "tf32" and not is_product else compute
-            return Promise(kind="exact", format=held, by=self._reason(module))
+            return Promise(kind="exact", format=held, by=self._reason(place))
         entries = map(self._entry_name, filter(None, (named, op)))
         entry = next((name for name in entries if self._table.entry(name)), None)
         if entry is None:
-            return self._without_entry(module, op, is_product)
-        return self._by_table(module, entry, compute)
+            return self._without_entry(place, op, is_product)
+        return self._by_table(place, entry, compute)
 
-    def _without_entry(self, module: str | None, op: str, is_product: bool) -> Promise:
+    def _without_entry(self, place: _Place, op: str, is_product: bool) -> Promise:
         namespace = op.partition("::")[0] if "::" in op else "aten"
         if is_product or namespace not in _OF_PYTORCH:
             by = "the operator table has no entry for it"
             return Promise(kind="undecided", format="undecided", by=by)
-        return self._free(module, "the operator table leaves it as it is")
+        return self._free(place, "the operator table leaves it as it is")
 
-    def _by_table(self, module: str | None, entry: str, compute: str) -> Promise:
+    def _by_table(self, place: _Place, entry: str, compute: str) -> Promise:
         category, by = self._table.category(entry), self._table.explain(entry)
         if category == "low":
             return Promise(
-                kind="low", format=compute, by=f"{self._reason(module)}; {by}"
+                kind="low", format=compute, by=f"{self._reason(place)}; {by}"
             )
         if category == "fp32":
             return Promise(kind="exact", format="fp32", by=by)
         if category == "widest":
             return Promise(kind="one", format="widest", by=by)
-        return self._free(module, by)
+        return self._free(place, by)
 
-    def _free(self, module: str | None, by: str) -> Promise:
-        compute = self._compute(module)
+    def _free(self, place: _Place, by: str) -> Promise:
+        compute = self._compute(place)
         if compute not in LOW and compute != "tf32":
-            return Promise(kind="exact", format=compute, by=self._reason(module))
+            return Promise(kind="exact", format=compute, by=self._reason(place))
         return Promise(kind="inputs", format="as_is", by=by)
 
     def _fault_of_cast(self, site: CallSite) -> str | None:
@@ -244,25 +275,28 @@ class Promises:
         bare = operator_name(name)
         return bare if self._table.entry(bare) else _INSIDE.get(bare, bare)
 
-    def _compute(self, module: str | None) -> str:
-        if module not in self._computes:
-            self._computes[module] = self._compute_by_policy(module)
-        return self._computes[module]
+    def _compute(self, place: _Place) -> str:
+        if place not in self._computes:
+            self._computes[place] = self._compute_by_policy(*place)
+        return self._computes[place]
 
-    def _compute_by_policy(self, module: str | None) -> str:
-        if module is None:
+    def _compute_by_policy(self, module: str | None, stage: PolicyStage) -> str:
+        if module is None:  # the loss follows the forward: no rule can name it
             compute = self._bound.policy.base_precision(phase=self._phase).compute
         else:
-            fqn = _governing(module)
-            compute = self._bound.precision_of(fqn, phase=self._phase).compute
+            fqn = governing_fqn(module)
+            found = self._bound.precision_of(fqn, stage=stage, phase=self._phase)
+            compute = found.compute
         assert compute is not None
         return compute
 
-    def _reason(self, module: str | None) -> str:
+    def _reason(self, place: _Place) -> str:
+        module, stage = place
         rule = None
         if module is not None:
-            rule = self._bound.rule_of(_governing(module), phase=self._phase)
-        compute = self._compute(module)
+            fqn = governing_fqn(module)
+            rule = self._bound.rule_of(fqn, stage=stage, phase=self._phase)
+        compute = self._compute(place)
         if rule is None:
             return f"the default of {self._bound.policy.name} (c={compute})"
         because = f", because {rule.because}" if rule.because else ""
@@ -271,21 +305,17 @@ class Promises:
     def _formats_of_policy(self) -> frozenset[str]:
         """Formats that modules hand out to each other."""
         found = set()
-        for fqn in self._bound.governing:
-            output = self._bound.precision_of(fqn, phase=self._phase).output
-            assert output is not None
-            found.add("fp32" if output == "tf32" else output)
+        for fqn, stage in product(self._bound.governing, _STAGES):
+            precision = self._bound.precision_of(fqn, stage=stage, phase=self._phase)
+            assert precision.output is not None
+            found.add("fp32" if precision.output == "tf32" else precision.output)
         return frozenset(found)
 
     def _allowed_in(self, module: str | None) -> frozenset[str]:
-        return self._allowed | {self._compute(module), "fp32", "tf32"}
+        computes = {self._compute((module, stage)) for stage in _STAGES}
+        return self._allowed | computes | {"fp32", "tf32"}
 
 
 def _promoted(formats: set[str]) -> set[str]:
     """What fp32 beside fp64 is computed in; low formats are not widened unsaid."""
     return {"fp64"} if formats == {"fp32", "fp64"} else formats
-
-
-def _governing(fqn: str) -> str:
-    """The module whose precision holds: for a parametrization, the parametrized one."""
-    return f".{fqn}".partition(".parametrizations")[0].removeprefix(".")

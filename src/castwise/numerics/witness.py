@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import FunctionCtx
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from castwise.islands.passage import is_second, number_now
 from castwise.numerics.call_site import CallSite, CallSites
 from castwise.numerics.operator_call import (
     CAST,
@@ -80,7 +81,7 @@ class _Origin:
     """What is kept of a forward call for the backward that belongs to it."""
 
     site: CallSite
-    promise: Promise
+    derivative: Promise
 
 
 class Witness(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -90,7 +91,8 @@ class Witness(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._sites = CallSites(model)
         self._promises = promises
-        self._origins: dict[int, _Origin] = {}
+        # by the passage and the node's number, which begins anew in each thread
+        self._origins: dict[tuple[int, int], _Origin] = {}
         self._found: dict[tuple[Any, ...], list[int]] = {}
         self.storages_read: set[int] = set()
         """Addresses of what forward operators read."""
@@ -173,15 +175,21 @@ class Witness(TorchDispatchMode):  # type: ignore[no-untyped-call]
         tensors: list[torch.Tensor],
     ) -> None:
         self.storages_read.update(filter(None, map(address, tensors)))
-        number = torch._C._autograd._get_sequence_nr() - 1  # noqa: SLF001 -- no public way to ask
+        number = (number_now(), torch._C._autograd._get_sequence_nr() - 1)  # noqa: SLF001 -- no public way to ask
         if call is None and number in self._origins:
             return
         site = self._sites.here()
         # A view is nobody's product; its backward is judged like one that stays as is.
         seen = call or OperatorCall(op=CAST, formats=(), num_bytes=0, num_flops=0)
         in_place = func._schema.is_mutable and call is not None  # noqa: SLF001 -- the schema has no public name
-        promise = self._promises.forward(seen, site, in_place=in_place)
-        self._origins.setdefault(number, _Origin(site=site, promise=promise))
+        promise = self._promises.forward(
+            seen,
+            site,
+            in_place=in_place,
+            stage="backward" if is_second() else "forward",
+        )
+        derivative = self._promises.of_derivative(seen, site, in_place=in_place)
+        self._origins.setdefault(number, _Origin(site=site, derivative=derivative))
         if call is not None:
             self._record(call, site, promise, stage)
 
@@ -189,7 +197,7 @@ class Witness(TorchDispatchMode):  # type: ignore[no-untyped-call]
         node = torch._C._current_autograd_node()  # noqa: SLF001 -- no public way to ask
         origin = None
         if node is not None:
-            origin = self._origins.get(node._sequence_nr())  # noqa: SLF001 -- as above
+            origin = self._origins.get((number_now(), node._sequence_nr()))  # noqa: SLF001 -- as above
         if isinstance(node, FunctionCtx):
             outer = None if origin is None else origin.site.graph_of
             site = self._sites.here(graph_of=outer)
@@ -202,8 +210,7 @@ class Witness(TorchDispatchMode):  # type: ignore[no-untyped-call]
             )
             self._record(call, site, judge(call, site), "backward")
         elif origin is not None:
-            promise = self._promises.backward(origin.promise, origin.site.module)
-            self._record(call, origin.site, promise, "backward")
+            self._record(call, origin.site, origin.derivative, "backward")
         else:
             site = self._sites.here()
             self._record(call, site, self._promises.engine(), "backward")
