@@ -1,0 +1,136 @@
+"""Costs: what a unit costs in a candidate, by one of three models.
+
+    flops   operations of products plus elements of everything else, times bits / 32:
+            what a device does that is twice as fast in half the bits
+    bytes   elements read and written, and weights, times the bytes of the format
+    time    forward and backward of the unit, measured on this machine in each format,
+            with the casts that it needs; what runs slower in bf16 costs more there
+
+All are for one forward and backward of the first batch. Only differences between
+candidates decide anything.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+
+import torch
+
+from castwise.errors import SettingsError
+from castwise.numerics.search.bench import Bench
+from castwise.numerics.search.candidates import Candidate, parse_candidates
+from castwise.numerics.search.isolation import isolating_policy, seconds_of
+from castwise.numerics.search.reference_step import Call
+from castwise.numerics.search.units import Unit
+from castwise.policy.precision import FP32
+
+CostModel = str | Callable[[Unit, str], float]
+"""`flops`, `bytes`, `time`, or a function of a unit and a candidate's name."""
+
+COST_MODELS = ("flops", "bytes", "time")
+"""Cost models by name."""
+
+_FORWARD_AND_BACKWARD = 3  # a backward does twice the work of a forward
+_REPEATS = 5
+
+
+def check_cost_model(cost: CostModel) -> None:
+    """Refuse a cost model that there is none of."""
+    if not callable(cost) and cost not in COST_MODELS:
+        raise SettingsError(
+            f"cost needs one of {', '.join(COST_MODELS)} or a function of a unit and a "
+            f"candidate, got {cost!r}"
+        )
+
+
+def unit_costs(
+    bench: Bench,
+    units: Sequence[Unit],
+    calls: dict[str, list[Call]],
+    candidates: Sequence[Candidate],
+    default: Candidate,
+    cost: CostModel,
+) -> dict[str, dict[str, float]]:
+    """Return unit -> candidate -> cost."""
+    if cost == "time":
+        return _times(bench, units, calls, candidates, default)
+    return {
+        unit.fqn: {each.name: _counted(unit, each, cost) for each in candidates}
+        for unit in units
+    }
+
+
+def _counted(unit: Unit, candidate: Candidate, cost: CostModel) -> float:
+    if callable(cost):
+        return float(cost(unit, candidate.name))
+    if cost == "flops":
+        work = unit.num_flops + unit.num_elements
+        return _FORWARD_AND_BACKWARD * work * candidate.bits / 32
+    elements = unit.num_elements + unit.num_weights
+    return _FORWARD_AND_BACKWARD * elements * candidate.bits / 8
+
+
+def _times(
+    bench: Bench,
+    units: Sequence[Unit],
+    calls: dict[str, list[Call]],
+    candidates: Sequence[Candidate],
+    default: Candidate,
+) -> dict[str, dict[str, float]]:
+    """Measure; modules in a unit run in fp32 meanwhile, and their time is taken off."""
+    (fp32,) = parse_candidates(["fp32"])
+    seconds = {
+        each.name: _seconds(bench, units, calls, each, default)
+        for each in {fp32.name: fp32, **{c.name: c for c in candidates}}.values()
+    }
+    whole = seconds[fp32.name]
+    own = {unit.fqn: max(0.0, _own(unit, units, whole)) for unit in units}
+    return {
+        unit.fqn: {
+            each.name: max(
+                0.0, own[unit.fqn] + seconds[each.name][unit.fqn] - whole[unit.fqn]
+            )
+            for each in candidates
+        }
+        for unit in units
+    }
+
+
+def _own(unit: Unit, units: Sequence[Unit], whole: dict[str, float]) -> float:
+    """The time of a unit without that of the outermost units in it."""
+    prefix = f"{unit.fqn}." if unit.fqn else ""
+    inside = [u.fqn for u in units if u.fqn != unit.fqn and u.fqn.startswith(prefix)]
+    outermost = [
+        fqn
+        for fqn in inside
+        if not any(fqn.startswith(f"{other}.") for other in inside if other != fqn)
+    ]
+    return whole[unit.fqn] - sum(whole[fqn] for fqn in outermost)
+
+
+def _seconds(
+    bench: Bench,
+    units: Sequence[Unit],
+    calls: dict[str, list[Call]],
+    candidate: Candidate,
+    default: Candidate,
+) -> dict[str, float]:
+    bench.num_timings += _REPEATS + 1
+    found: dict[str, float] = {}
+    for depth in sorted({unit.depth for unit in units}):
+        level = [unit for unit in units if unit.depth == depth]
+        policy = isolating_policy(bench, level, candidate, default, inside=FP32)
+        dtype = torch.float64 if candidate.compute == "fp64" else torch.float32
+        with bench.under(policy) as region:
+            for unit in level:
+                module = bench.model.get_submodule(unit.fqn)
+                runs = [
+                    sum(
+                        seconds_of(bench, region, module, call, dtype)
+                        for call in calls[unit.fqn]
+                    )
+                    for _ in range(_REPEATS + 1)
+                ]
+                found[unit.fqn] = statistics.median(runs[1:])
+    return found

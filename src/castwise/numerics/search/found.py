@@ -1,0 +1,388 @@
+"""What a search found: a policy, what it costs, what it was measured to do, and why.
+
+`Found` holds plain values only. The Pareto curve and the policy for another budget are
+solved from the scores again, without the model; what was measured stands beside what
+was predicted, and is never mixed with it.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from castwise.errors import BudgetError
+from castwise.numerics.search.assignment import chosen_by_unit, policy_of
+from castwise.numerics.search.budget import Budget
+from castwise.numerics.search.candidates import Candidate, default_of, parse_candidates
+from castwise.numerics.search.scores import Scores
+from castwise.numerics.search.solve import solve
+from castwise.policy.rules import Policy
+
+Choice = tuple[int, ...]
+"""For each group the place of its candidate."""
+
+_NUM_POINTS = 40  # of the Pareto curve
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trial:
+    """One policy, run for real."""
+
+    choice: Choice
+    """For each group the place of its candidate."""
+
+    predicted: float
+    """Predicted use of the budget; 1 is all of it."""
+
+    usage: float
+    """Measured use of the budget, the worst of the batches."""
+
+    errors: tuple[dict[str, float], ...]
+    """Kind -> error for each batch that was run; the first bad one ends a trial."""
+
+    cost: float
+    """By the cost model."""
+
+    holds: bool
+    """Whether it keeps within the margin of the budget on every batch."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParetoPoint:
+    """The cheapest choice for one budget, by the scores."""
+
+    usage: float
+    """Predicted use of the budget, corrected by what trials measured."""
+
+    cost: float
+    """By the cost model."""
+
+    num_high: int
+    """Units that run in more than 16 bits."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UnitFinding:
+    """What was found about one unit."""
+
+    fqn: str
+    """Its name; the empty text for the model itself."""
+
+    type: str
+    """Its class."""
+
+    chosen: str
+    """Its candidate in the policy."""
+
+    costs: dict[str, float]
+    """Candidate -> cost."""
+
+    errors: dict[str, float]
+    """Candidate -> share of the budget that its rounding alone uses up."""
+
+    because: str
+    """Why it is where it is."""
+
+
+class Problem:
+    """The knapsack of one budget, made from scores.
+
+    Args:
+        scores: What was learnt about the model.
+        budget: The errors allowed.
+    """
+
+    def __init__(self, scores: Scores, budget: Budget) -> None:
+        self.scores, self.budget = scores, budget
+        self.candidates: tuple[Candidate, ...] = parse_candidates(scores.candidates)
+        self.costs = [
+            [scores.group_cost(group, name) for name in scores.candidates]
+            for group in scores.groups
+        ]
+        self.loads = self._loads()
+        unscored = set(scores.candidates) - set(scores.scored)
+        rest = max(scores.rest[k] / limit for k, limit in budget.limits.items())
+        self.constant = rest * rest if unscored else 0.0
+
+    def _loads(self) -> list[list[float]]:
+        """The squared share of the budget that each candidate uses, the worst kind."""
+        kinds = [
+            (self.scores.squared_errors(kind), limit * limit)
+            for kind, limit in self.budget.limits.items()
+        ]
+        return [
+            [
+                max(errors[at][name] / limit for errors, limit in kinds)
+                for name in self.scores.candidates
+            ]
+            for at in range(len(self.scores.groups))
+        ]
+
+    def solve(self, usage: float) -> Choice | None:
+        """The cheapest choice whose predicted use of the budget is at most `usage`."""
+        return solve(self.costs, self.loads, usage * usage - self.constant)
+
+    def predicted(self, choice: Choice) -> float:
+        """The predicted use of the budget."""
+        loads = (self.loads[at][one] for at, one in enumerate(choice))
+        return math.sqrt(sum(loads) + self.constant)
+
+    def cost(self, choice: Choice) -> float:
+        """The cost of a choice."""
+        return sum(self.costs[at][one] for at, one in enumerate(choice))
+
+    def cheapest(self) -> Choice:
+        """Every group in its cheapest candidate that can be taken."""
+        return tuple(
+            min(
+                range(len(costs)),
+                key=lambda one: (math.isinf(loads[one]), costs[one], loads[one]),
+            )
+            for costs, loads in zip(self.costs, self.loads, strict=True)
+        )
+
+    def safest(self) -> Choice:
+        """Every group in the candidate with the smallest error."""
+        names = self.scores.candidates
+        digits = [candidate.digits for candidate in self.candidates]
+        return tuple(
+            max(
+                range(len(names)),
+                key=lambda one: (not math.isinf(loads[one]), digits[one]),
+            )
+            for loads in self.loads
+        )
+
+    def policy(self, choice: Choice, *, name: str = "searched") -> Policy:
+        """Write a choice as a policy, with the reason of every rule."""
+        scores = self.scores
+        chosen = chosen_by_unit(scores.units, scores.groups, choice, self.candidates)
+        default = default_of(self.candidates)
+        used = self.unit_usage()
+
+        def because(units: tuple[str, ...]) -> str:
+            forced = [self.forced(fqn) for fqn in units]
+            if units and all(forced):
+                return forced[0]
+            if chosen[units[0]].bits < default.bits or not units:
+                return ""
+            share = math.sqrt(sum(used[fqn][default.name] ** 2 for fqn in units))
+            return f"{default.name} alone would use {share:.2g} of {self.budget}"
+
+        low = any(each.compute == "fp16" for each in chosen.values())
+        found = policy_of(scores.tree, chosen, default, because=because, name=name)
+        return found.with_loss_scale("dynamic") if low else found
+
+    def unit_usage(self) -> dict[str, dict[str, float]]:
+        """Unit -> candidate -> share of the budget; a group's counts for each in it."""
+        return {
+            self.scores.units[at].fqn: {
+                name: math.sqrt(load)
+                for name, load in zip(self.scores.candidates, loads, strict=True)
+            }
+            for group, loads in zip(self.scores.groups, self.loads, strict=True)
+            for at in group
+        }
+
+    def forced(self, fqn: str) -> str:
+        """Why the default cannot be taken for a unit, or nothing."""
+        score = self.scores.values[fqn].get(self.scores.default)
+        return "" if score is None else score.forced
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    """What a search found, with its evidence."""
+
+    policy: Policy
+    """The cheapest policy that was measured to keep within the budget."""
+
+    budget: Budget
+    """What was asked for."""
+
+    margin: float
+    """The share of the budget that had to suffice on the batches that were given."""
+
+    cost: float
+    """Of the policy, by the cost model."""
+
+    cost_model: str
+    """How costs were told."""
+
+    cost_lowest: float
+    """With every unit in its cheapest candidate."""
+
+    cost_highest: float
+    """With every unit in the candidate with the most digits."""
+
+    trials: tuple[Trial, ...]
+    """Every policy that was run, in order."""
+
+    best: Trial
+    """The one that was chosen."""
+
+    floor: dict[str, float]
+    """The noise floor: errors of the whole model in fp32, the worst of the batches."""
+
+    pareto: tuple[ParetoPoint, ...]
+    """Cost against error, from the scores."""
+
+    units: tuple[UnitFinding, ...]
+    """Every unit, in the order of the model."""
+
+    scores: Scores
+    """What other budgets can be solved from."""
+
+    seed: int
+    """Of probes and of what the model draws."""
+
+    num_batches: int
+    """How many batches the policy was tried on."""
+
+    scoring_steps: int
+    """Forward and backward runs for scores in this call; 0 where a record had them."""
+
+    trial_steps: int
+    """Forward and backward runs for references, noise floor and trials."""
+
+    seconds: float
+    """Wall clock."""
+
+    @property
+    def unstable(self) -> dict[str, str]:
+        """Units with a decision that turned over under rounding noise, and which."""
+        return dict(self.scores.unstable)
+
+    def policy_for(self, budget: Budget) -> Policy:
+        """Solve for another budget from the scores; nothing runs and is validated.
+
+        Raises:
+            BudgetError: By the scores nothing keeps within it, or it limits what was
+                not scored.
+        """
+        asked = set(budget.limits) - set(self.scores.rest)
+        needs_output = {"output", "measure"} & set(budget.limits)
+        if asked or (needs_output and not self.scores.has_outputs):
+            raise BudgetError(
+                f"the scores were taken for {self.budget}, and say nothing about "
+                f"{', '.join(sorted(asked or needs_output))}; search again"
+            )
+        problem = Problem(self.scores, budget)
+        choice = problem.solve(self.margin)
+        if choice is None:
+            least = problem.predicted(problem.safest())
+            raise BudgetError(
+                f"nothing keeps within {budget}: with the most digits everywhere "
+                f"{least:.3g} of it would be used; allow a wider format"
+            )
+        return problem.policy(choice)
+
+    def record(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        plain = {
+            "policy": self.policy.to_yaml(),
+            "budget": {**self.budget.limits},
+            "margin": self.margin,
+            "cost": self.cost,
+            "cost_model": self.cost_model,
+            "cost_lowest": self.cost_lowest,
+            "cost_highest": self.cost_highest,
+            "floor": self.floor,
+            "trials": [asdict(each) for each in self.trials],
+            "best": asdict(self.best),
+            "pareto": [asdict(each) for each in self.pareto],
+            "units": [asdict(each) for each in self.units],
+            "unstable": self.unstable,
+            "never_called": list(self.scores.never_called),
+            "seed": self.seed,
+            "num_batches": self.num_batches,
+            "scoring_steps": self.scoring_steps,
+            "trial_steps": self.trial_steps,
+            "seconds": self.seconds,
+        }
+        return dict(_plain(plain))
+
+    def summary(self) -> str:
+        """One line for logs and reports."""
+        high = sum(each.chosen != self.scores.default for each in self.units)
+        saved = 1 - self.cost / self.cost_highest if self.cost_highest else 0.0
+        worst = worst_errors(self.best.errors)
+        errors = ", ".join(
+            f"{kind} error {worst[kind]:.2e} of {limit:g}"
+            for kind, limit in self.budget.limits.items()
+        )
+        return (
+            f"{errors} on {self.num_batches} batches; {high} of {len(self.units)} "
+            f"units not in {self.scores.default}, {saved:.1%} of {self.cost_model} "
+            f"saved; {self.scoring_steps} steps for scores, {self.trial_steps} for "
+            f"{len(self.trials)} trials"
+        )
+
+
+def worst_errors(errors: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The worst of several batches, kind by kind."""
+    return {kind: max(each[kind] for each in errors) for kind in errors[0]}
+
+
+def pareto_of(problem: Problem, trials: Sequence[Trial]) -> tuple[ParetoPoint, ...]:
+    """Solve for many budgets, from the smallest error that can be had upwards."""
+    safest, cheapest = problem.safest(), problem.cheapest()
+    low, high = problem.predicted(safest), problem.predicted(cheapest)
+    ratios = [
+        t.usage / t.predicted for t in trials if 0 < t.usage < math.inf and t.predicted
+    ]
+    factor = statistics.median(ratios) if ratios else 1.0
+    low = max(low, high * 1e-9, 1e-30)
+    points = []
+    for at in range(_NUM_POINTS + 1):
+        usage = low * (high / low) ** (at / _NUM_POINTS) * (1 + 1e-9)
+        choice = problem.solve(usage)
+        if choice is not None:
+            points.append(
+                ParetoPoint(
+                    usage=factor * problem.predicted(choice),
+                    cost=problem.cost(choice),
+                    num_high=_num_high(problem, choice),
+                )
+            )
+    return tuple(dict.fromkeys(points))
+
+
+def findings_of(problem: Problem, choice: Choice) -> tuple[UnitFinding, ...]:
+    """Say about every unit what was chosen, and why."""
+    scores = problem.scores
+    chosen = chosen_by_unit(scores.units, scores.groups, choice, problem.candidates)
+    used = problem.unit_usage()
+    return tuple(
+        UnitFinding(
+            fqn=unit.fqn,
+            type=unit.type,
+            chosen=chosen[unit.fqn].name,
+            costs=dict(scores.costs[unit.fqn]),
+            errors=used[unit.fqn],
+            because=problem.forced(unit.fqn),
+        )
+        for unit in scores.units
+    )
+
+
+def _num_high(problem: Problem, choice: Choice) -> int:
+    return sum(
+        len(group)
+        for group, one in zip(problem.scores.groups, choice, strict=True)
+        if problem.candidates[one].bits > 16
+    )
+
+
+def _plain(value: Any) -> Any:
+    """Make numbers that JSON cannot say into texts."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return value

@@ -1,0 +1,272 @@
+"""Scoring: one reference step, replays, and probes, put together into scores.
+
+What it costs, in forward and backward runs of the model, whatever the number of
+modules: one reference step, one replay in the reference and one for each candidate, and
+K probes. Candidates of 32 bits are replayed only where the budget is so small that
+their error matters; else the error of the whole model in fp32 stands for all of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from castwise.numerics.search.assignment import tree_of
+from castwise.numerics.search.bench import Bench
+from castwise.numerics.search.candidates import Candidate
+from castwise.numerics.search.cost import CostModel, unit_costs
+from castwise.numerics.search.isolation import (
+    Played,
+    Rounding,
+    loss_scale_for,
+    play_all,
+    rounding_between,
+)
+from castwise.numerics.search.probes import (
+    Key,
+    Prober,
+    Stacks,
+    directions,
+    find_unstable,
+    unit_of,
+    weight_products,
+)
+from castwise.numerics.search.record_file import Record
+from castwise.numerics.search.reference_step import Captured, capture
+from castwise.numerics.search.scores import Score, Scores
+from castwise.numerics.search.structure import flat, floating_in
+from castwise.numerics.search.units import (
+    Grouping,
+    Unit,
+    find_units,
+    group_units,
+    never_called,
+)
+
+Report = Callable[[str, int, int], None]
+"""Is told of progress: what is being done, how much is done, of how much."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoringSettings:
+    """How scores are taken."""
+
+    num_probes: int
+    """K; the relative deviation of an estimate is sqrt(2 / K) before shrinkage."""
+
+    seed: int
+    """Of the directions."""
+
+    grouping: Grouping
+    """What moves together."""
+
+    cost: CostModel
+    """What a unit costs in a candidate."""
+
+    with_outputs: bool
+    """Whether the error of the output is wanted."""
+
+
+class Scoring:
+    """Takes the scores of one model.
+
+    Args:
+        bench: Where the model stands.
+        candidates: What is to be scored.
+        default: What the policy's default will be.
+        settings: How.
+        record: Keeps what was learnt.
+        report: Is told of progress.
+    """
+
+    def __init__(
+        self,
+        bench: Bench,
+        candidates: tuple[Candidate, ...],
+        default: Candidate,
+        settings: ScoringSettings,
+        record: Record,
+        report: Report,
+    ) -> None:
+        self._bench, self._record, self._report = bench, record, report
+        self._candidates, self._default = candidates, default
+        self._settings = settings
+
+    def run(self, scored: Sequence[Candidate], rest: dict[str, float]) -> Scores:
+        """Score candidates.
+
+        Args:
+            scored: Those that are replayed.
+            rest: The noise floor: errors of the model all in fp32.
+        """
+        bench, settings = self._bench, self._settings
+        before = bench.num_steps
+        self._report("reference step", 0, 1)
+        captured = capture(bench, 0)
+        bench.loss_scale = loss_scale_for(captured.calls)
+        units = find_units(bench.model, captured)
+        signs = [
+            directions(bench, probe, settings.seed)
+            for probe in range(settings.num_probes)
+        ]
+        values, roundings, along_weights = self._replays(captured, units, scored, signs)
+        turned = self._probes(captured, roundings, along_weights, values)
+        decided = find_unstable(captured.decisions, turned)
+        unstable = {
+            unit: op
+            for module, op in decided.items()
+            if (unit := unit_of(module, units)) is not None
+        }
+        steps = bench.num_steps - before
+        costs = unit_costs(
+            bench, units, captured.calls, self._candidates, self._default, settings.cost
+        )
+        return Scores(
+            fingerprint=self._record.fingerprint,
+            tree=tree_of(bench.model),
+            units=units,
+            groups=group_units(units, captured, settings.grouping),
+            candidates=tuple(each.name for each in self._candidates),
+            default=self._default.name,
+            scored=tuple(each.name for each in scored),
+            rest=rest,
+            scales=_scales(captured),
+            loss_scale=bench.loss_scale,
+            values=_finished(values, units, unstable, self._candidates),
+            costs=costs,
+            unstable=unstable,
+            never_called=never_called(bench.model, captured),
+            num_steps=steps,
+            has_outputs=settings.with_outputs,
+        )
+
+    def _replays(
+        self,
+        captured: Captured,
+        units: tuple[Unit, ...],
+        scored: Sequence[Candidate],
+        signs: list[list[torch.Tensor]],
+    ) -> tuple[dict[Key, Score], dict[Key, Rounding], dict[Key, list[float]]]:
+        """Replay all units; say what rounding changes, and what of it meets weights."""
+        bench, calls = self._bench, captured.calls
+        places = {id(weight): at for at, weight in enumerate(bench.weights)}
+        wide: dict[str, list[Played]] = {}
+        self._report("replays", 0, len(scored) + 1)
+        for unit, played in play_all(bench, units, calls, None, self._default):
+            wide[unit.fqn] = played
+        values: dict[Key, Score] = {}
+        roundings: dict[Key, Rounding] = {}
+        along: dict[Key, list[float]] = {}
+        for rank, candidate in enumerate(scored, start=1):
+            self._report("replays", rank, len(scored) + 1)
+            for unit, played in play_all(bench, units, calls, candidate, self._default):
+                key = unit.fqn, candidate.name
+                rounding = rounding_between(played, wide[unit.fqn])
+                values[key] = _first_look(captured, unit, candidate, rounding)
+                if rounding is not None:
+                    module = bench.model.get_submodule(unit.fqn)
+                    along[key] = weight_products(module, rounding, signs, places)
+                    roundings[key] = rounding
+        return values, roundings, along
+
+    def _probes(
+        self,
+        captured: Captured,
+        roundings: dict[Key, Rounding],
+        along: dict[Key, list[float]],
+        values: dict[Key, Score],
+    ) -> list[list[bool]]:
+        """Run the probes that the record lacks; put their products into `values`."""
+        settings, record = self._settings, self._record
+        prober = Prober(
+            self._bench,
+            captured,
+            Stacks(roundings),
+            seed=settings.seed,
+            with_outputs=settings.with_outputs,
+        )
+        names = sorted({name for _, name in roundings})
+        for probe in range(settings.num_probes):
+            self._report("probes", probe, settings.num_probes)
+            entry = f"{probe} {names} {settings.with_outputs}"
+            if entry not in record.probes:
+                secants, outward, turned = prober.run(probe)
+                record.probes[entry] = {
+                    "gradient": [[*key, value] for key, value in secants.items()],
+                    "output": [[*key, value] for key, value in outward.items()],
+                    "turned": turned,
+                }
+                record.save()
+        found = [
+            record.probes[f"{probe} {names} {settings.with_outputs}"]
+            for probe in range(settings.num_probes)
+        ]
+        products = {
+            kind: [{(u, name): v for u, name, v in each[kind]} for each in found]
+            for kind in ("gradient", "output")
+        }
+        for key in roundings:
+            pairs = zip(products["gradient"], along[key], strict=True)
+            values[key] = replace(
+                values[key],
+                gradient=tuple(each[key] + own for each, own in pairs if key in each),
+                output=tuple(each.get(key, 0.0) for each in products["output"]),
+            )
+        return [each["turned"] for each in found]
+
+
+def _first_look(
+    captured: Captured, unit: Unit, candidate: Candidate, rounding: Rounding | None
+) -> Score:
+    """What the reference step alone tells of a rounding."""
+    if rounding is None:
+        return Score(
+            gradient=(),
+            output=(),
+            loss=0.0,
+            fisher=0.0,
+            forced=f"not finite in {candidate.name}",
+        )
+    loss = fisher = 0.0
+    for call, deltas in zip(captured.calls[unit.fqn], rounding.deltas, strict=True):
+        for gradient, delta in zip(call.gradients, deltas, strict=True):
+            if gradient is not None:
+                products = flat(gradient) * delta
+                loss += float(products.sum())
+                fisher += float(products.square().sum())
+    return Score(gradient=(), output=(), loss=loss, fisher=fisher)
+
+
+def _finished(
+    values: dict[Key, Score],
+    units: Sequence[Unit],
+    unstable: dict[str, str],
+    candidates: Sequence[Candidate],
+) -> dict[str, dict[str, Score]]:
+    """Sort scores by unit, and refuse low formats where no score can be trusted."""
+    found: dict[str, dict[str, Score]] = {unit.fqn: {} for unit in units}
+    bits = {each.name: each.bits for each in candidates}
+    blind = {unit.fqn for unit in units if unit.is_blind}
+    for (fqn, name), score in values.items():
+        forced = score.forced
+        if bits[name] < 32 and max(bits.values()) >= 32:
+            if fqn in unstable:
+                forced = f"its {unstable[fqn]} turned over in a probe"
+            elif fqn in blind:
+                forced = "no gradient reaches it, so its effect cannot be measured"
+        found[fqn][name] = replace(score, forced=score.forced or forced)
+    return found
+
+
+def _scales(captured: Captured) -> dict[str, float]:
+    """The norms that errors are relative to."""
+    gradients = [g for g in captured.result.gradients if g is not None]
+    outputs = floating_in(captured.result.output)
+    return {
+        "gradient": math.hypot(*(float(flat(g).norm()) for g in gradients)),
+        "output": math.hypot(*(float(flat(each).norm()) for each in outputs)),
+        "loss": abs(captured.result.loss),
+    }
