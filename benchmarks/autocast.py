@@ -14,7 +14,7 @@ pair is the control: written out under castwise, by hand under torch.autocast, w
 the same work. Large blocks that glibc returns to the system are paged in again at the
 next step; `--keep-blocks` makes it keep them, and `faults` counts the pages.
 
-    python benchmarks/autocast.py --json autocast.json
+    python benchmarks/autocast.py --json docs/accepted/autocast.json
     python benchmarks/autocast.py --compiled
     python benchmarks/autocast.py --keep-blocks
 """
@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import datetime as dt
 import json
 import platform
 import resource
@@ -40,7 +41,7 @@ from torch import Tensor, nn
 from castwise.autocast import autocast, install, uninstall
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
 VOCABULARY = 101
 WIDTH = 256
@@ -164,6 +165,9 @@ def castwise_region() -> AbstractContextManager[Any]:
     return autocast("cpu", "bf16")
 
 
+SHAPES = {"B4 T256": (4, 256), "B1 T64": (1, 64)}
+"""Batch and length."""
+
 PAIRS = (
     ("fused", "fused"),
     ("by hand", "by hand"),
@@ -173,16 +177,19 @@ PAIRS = (
 """Attention under castwise, and under torch.autocast."""
 
 
-def steps(num_turns: int, *, compiled: bool) -> dict[str, dict[str, float]]:
+def steps(
+    shapes: Iterable[str], num_turns: int, *, compiled: bool
+) -> dict[str, dict[str, float]]:
     """Every shape and pair of attentions."""
     found = {}
-    for shape in ((4, 256), (1, 64)):
+    for name in shapes:
+        shape = SHAPES[name]
         for mine, other in PAIRS:
             torch.compiler.reset()  # Dynamo counts recompilations by source line
             candidate = Step(castwise_region, shape, attention=mine, compiled=compiled)
             reference = Step(torch_region, shape, attention=other, compiled=compiled)
-            name = f"B{shape[0]} T{shape[1]}, {mine} against {other}"
-            found[name] = compare(candidate, reference, num_turns)
+            pair = f"{name}, {mine} against {other}"
+            found[pair] = compare(candidate, reference, num_turns)
     return found
 
 
@@ -233,27 +240,31 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--turns", type=int, default=101)
     parser.add_argument("--compiled", action="store_true", help="torch.compile")
+    parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=SHAPES)
     parser.add_argument("--keep-blocks", action="store_true", help="see above")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--json", type=Path, help="add the figures to this file")
     settings = parser.parse_args()
     torch.set_num_threads(1)
     if settings.keep_blocks:
         keep_blocks()
     record: dict[str, Any] = {
+        "date": dt.datetime.now(tz=dt.UTC).date().isoformat(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "processor": processor(),
         "threads": torch.get_num_threads(),
         "turns": settings.turns,
-        "compiled": settings.compiled,
-        "blocks_kept": settings.keep_blocks,
-        "steps": steps(settings.turns, compiled=settings.compiled),
+        "steps": steps(settings.shapes, settings.turns, compiled=settings.compiled),
     }
     if not settings.compiled:
         record["idle"] = idle(settings.turns)
     print(json.dumps(record, indent=1))
     if settings.json:
-        settings.json.write_text(json.dumps(record, indent=1))
+        file: Path = settings.json
+        kept = json.loads(file.read_text()) if file.exists() else {}
+        kind = "compiled" if settings.compiled else "eager"
+        kept[kind + (", blocks kept" if settings.keep_blocks else "")] = record
+        file.write_text(json.dumps(kept, indent=1) + "\n")
     return 0
 
 

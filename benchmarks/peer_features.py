@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from castwise.autocast import uninstall
+from castwise.numerics.census import observe
 
 Verdict = Literal["yes", "partly", "no"]
 WIDTH = 33
@@ -224,7 +226,7 @@ def _island(tool: Tool, fmt: str, dtype: torch.dtype, bound: float) -> Answer:
     inside = delicate.product == dtype and delicate.error < bound
     return Answer(
         verdict="yes" if inside else "no",
-        figure=f"in {_name(delicate.product)}, error {delicate.error:.0e}",
+        figure=f"in {_name(delicate.product)}, error {delicate.error:.0g}",
     )
 
 
@@ -412,10 +414,7 @@ def recomputed(tool: Tool) -> Answer:
 
 def distributed(tool: Tool) -> Answer:
     """DistributedDataParallel, as a group of one process."""
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29531")
-    dist.init_process_group("gloo", rank=0, world_size=1)
-    try:
+    with _one_process():
         found = []
         for parallel in (False, True):
             torch.manual_seed(0)
@@ -425,12 +424,37 @@ def distributed(tool: Tool) -> Answer:
             region = ready.region if ready.run else tool.region
             wrapped = Ready(model=model, region=region)
             found.append(_gradient(wrapped, net, torch.randn(7, WIDTH)))
-    finally:
-        dist.destroy_process_group()
     same = torch.equal(*found)
     return Answer(
         verdict="yes" if same else "no", figure="same bits" if same else "other bits"
     )
+
+
+def sharded(tool: Tool) -> Answer:
+    """An fp32 island inside bf16 in a model that `fully_shard` cut up."""
+    torch.manual_seed(0)
+    with _one_process():
+        net = Net()
+        ready = tool.sharded(net, "delicate")
+        _step(ready, torch.randn(7, WIDTH))
+        inside = net.delicate.product == torch.float32 and net.delicate.error < 1e-6
+    by_hand = "" if ready.run else ", each module by hand"
+    verdict: Verdict = "yes" if ready.run else "partly"
+    return Answer(
+        verdict=verdict if inside else "no",
+        figure=f"in {_name(net.delicate.product)}{by_hand}",
+    )
+
+
+@contextmanager
+def _one_process() -> Iterator[None]:
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29531")
+    dist.init_process_group("gloo", rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def proof(tool: Tool) -> Answer:
@@ -469,10 +493,20 @@ def stages(tool: Tool) -> Answer:
         module="delicate", stage="backward", precision="c=fp32"
     )
     try:
-        prepare(net, torch.optim.SGD(net.parameters()), policy)
+        run = prepare(net, torch.optim.SGD(net.parameters()), policy)
     except CastwiseError:
         return Answer(verdict="no", figure="can be said, but is refused in eager mode")
-    return Answer(verdict="yes", figure="")
+    ready = Ready(model=net, region=run.region)
+    census = observe(lambda: _step(ready, torch.randn(7, WIDTH)))
+    # In forward mm is the delicate product (others add a bias), and the note's in fp64.
+    forward = set(census.formats_of("mm", "forward")) - {"fp64"}
+    backward = set(census.formats_of("mm", "backward"))
+    holds = forward == {"bf16"} and "fp32" in backward
+    return Answer(
+        verdict="yes" if holds else "no",
+        figure=f"forward in {', '.join(sorted(forward))}, "
+        f"backward {'too' if 'fp32' not in backward else 'in fp32'}",
+    )
 
 
 def _step(ready: Ready, x: Tensor) -> None:
@@ -501,5 +535,5 @@ def answer(feature: Feature, tool: Tool) -> Answer:
     except Absent as reason:
         return Answer(verdict="no", figure=str(reason))
     except Exception as error:  # noqa: BLE001 -- a tool that raises does not have it
-        first = str(error).splitlines()[0][:60]
+        first = str(error).splitlines()[0].partition(",")[0]
         return Answer(verdict="no", figure=f"{type(error).__name__}: {first}")

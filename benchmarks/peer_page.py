@@ -1,4 +1,8 @@
-"""The tables of docs/peers.md, written from the record of benchmarks/peers.py."""
+"""Tables of the pages, written from the records in docs/accepted.
+
+`tables` makes those of docs/peers.md from what benchmarks/peers.py measured, `cost` the
+one of docs/operator_table.md from what benchmarks/autocast.py measured.
+"""
 
 from __future__ import annotations
 
@@ -125,3 +129,28 @@ def _contract(rows: list[dict[str, Any]]) -> tuple[Iterable[str], Any]:
         ]
         for row in rows
     )
+
+
+_KINDS = ("eager", "eager, blocks kept", "compiled")
+
+
+def cost(record: dict[str, Any]) -> str:
+    """The price of the table against torch.autocast, pair by pair."""
+    kinds = [kind for kind in _KINDS if kind in record]
+    header = ["batch, length", "attention: castwise / torch.autocast"]
+    for kind in kinds:
+        header += [kind, "quartiles"]
+    rows = []
+    for pair in record["eager"]["steps"]:
+        shape, _, attentions = pair.partition(", ")
+        row = [shape, attentions.replace(" against ", " / ")]
+        for kind in kinds:
+            step = record[kind]["steps"].get(pair)
+            row += ["", ""] if step is None else _ratio(step)
+        rows.append(row)
+    return _table(header, rows)
+
+
+def _ratio(step: dict[str, Any]) -> list[str]:
+    low, high = step["lower_quartile"], step["upper_quartile"]
+    return [f"**{step['ratio']:.2f}**", f"{low:.2f}-{high:.2f}"]

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from castwise.autocast import autocast
 from castwise.dtypes import dtype_of
@@ -81,6 +83,15 @@ class Tool:
         """A bf16 model with one module held in a wider format, unedited."""
         model.get_submodule(fqn).to(dtype_of(fmt))
         return self.ready(model)
+
+    def sharded(self, model: nn.Module, fqn: str) -> Ready:
+        """Cut up by `fully_shard`, with one module held in fp32."""
+        mesh = init_device_mesh("cpu", (1,))
+        wide = MixedPrecisionPolicy(param_dtype=torch.float32, output_dtype=BF16)
+        low = MixedPrecisionPolicy(param_dtype=BF16)
+        fully_shard(model.get_submodule(fqn), mesh=mesh, mp_policy=wide)
+        fully_shard(model, mesh=mesh, mp_policy=low)
+        return Ready(model=model, region=nullcontext)
 
     def named(self, model: nn.Module, pattern: str) -> int:
         """How many modules a pattern of names chooses."""
@@ -208,6 +219,17 @@ class Accelerate(Tool):
         attach_layerwise_casting_hooks(model.get_submodule(fqn), dtype, dtype)
         return self.ready(model)
 
+    def sharded(self, model: nn.Module, fqn: str) -> Ready:
+        """Its plugin has one mixed precision for all."""
+        from accelerate import FullyShardedDataParallelPlugin  # noqa: PLC0415 -- takes seconds
+
+        del model, fqn
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, mixed_precision_policy="bf16"
+        )
+        formats = plugin.mixed_precision_policy
+        raise Absent(f"one {type(formats).__name__} for the whole model")
+
     def named(self, model: nn.Module, pattern: str) -> int:
         """Layerwise casting skips modules by a regular expression."""
         from accelerate.big_modeling import attach_layerwise_casting_hooks  # noqa: PLC0415 -- takes seconds
@@ -279,6 +301,14 @@ class Castwise(Tool):
     def held(self, model: nn.Module, fqn: str, fmt: str) -> Ready:
         """An island."""
         policy = preset("bf16-mixed").with_rule(module=fqn, precision=fmt)
+        return _prepared(model, policy)
+
+    def sharded(self, model: nn.Module, fqn: str) -> Ready:
+        """The same policy, which makes the groups too."""
+        from castwise.distributed.sharding import shard  # noqa: PLC0415 -- beside its use
+
+        policy = preset("bf16-mixed").with_rule(module=fqn, precision="fp32")
+        shard(model, policy)
         return _prepared(model, policy)
 
     def named(self, model: nn.Module, pattern: str) -> int:

@@ -10,7 +10,8 @@ to docs/accepted/peers.json; docs/peers.md quotes it, and a test compares the tw
 
 Step times are CPU seconds of the process, in turns, the reference beside each
 candidate in every turn: what else runs on the machine then slows both. The ratio is
-that of medians; the quartiles are of the ratios of turns.
+that of medians; the quartiles are of the ratios of turns. glibc is told to keep freed
+blocks, as benchmarks/autocast.py explains; what it costs when it does not is there.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from autocast import processor
+from autocast import keep_blocks, processor
 from peer_costs import PARTS
 from peer_features import (
     Answer,
@@ -47,6 +48,7 @@ from peer_features import (
     proof,
     recipe,
     recomputed,
+    sharded,
     stages,
     switch,
     table,
@@ -116,7 +118,7 @@ FEATURES = (
     Feature(
         title="rotary tables survive weights in bf16",
         probe=buffers,
-        test="tests/islands/test_islands.py::test_a_buffer_is_never_rounded_by_accident",
+        test="tests/islands/test_islands.py::test_buffers_go_up_with_their_module_and_never_down",
         paddle=UNSAID,
     ),
     Feature(
@@ -140,7 +142,10 @@ FEATURES = (
     Feature(
         title="backward in another format than forward",
         probe=stages,
-        test="tests/policy/test_bound.py::test_stage_and_phase_choose_the_rule_but_never_the_format_of_weights",
+        test=(
+            "tests/islands/test_own_backward.py::"
+            "test_the_backward_runs_in_its_own_format_and_the_forward_stays_bit_for_bit"
+        ),
         paddle=paddle("partly", "master_grad: gradients end in fp32 [decorate]"),
     ),
     Feature(
@@ -174,7 +179,16 @@ FEATURES = (
             "tests/numerics/test_contract_distributed.py::"
             "test_each_rank_proves_its_own_contract"
         ),
-        paddle=paddle("yes", "fleet, its own [fleet]"),
+        paddle=paddle("yes", "paddle.DataParallel, beside amp"),
+    ),
+    Feature(
+        title="FSDP2: an fp32 island in a sharded bf16 model",
+        probe=sharded,
+        test=(
+            "tests/distributed/test_sharding.py::"
+            "test_two_processes_compute_what_one_would"
+        ),
+        paddle=UNSAID,
     ),
     Feature(
         title="a run that proves each operator's format",
@@ -246,6 +260,7 @@ def main() -> int:
     settings = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    keep_blocks()
     record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     for name in settings.only:
         record[name] = {**machine(), "rows": parts[name](settings.turns)}
