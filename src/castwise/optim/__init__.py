@@ -8,6 +8,8 @@ from castwise.optim.holding import HeldWeights as HeldWeights
 from castwise.optim.holding import held_weights_of as held_weights_of
 from castwise.optim.holding import hold_weights as hold_weights
 from castwise.optim.lion import Lion as Lion
+from castwise.optim.plain_states import load_plain_state_dict as load_plain_state_dict
+from castwise.optim.plain_states import plain_state_dict as plain_state_dict
 from castwise.optim.sgd import SGD as SGD
 from castwise.optim.storage import STORAGES as STORAGES
 from castwise.optim.sweep import SweepOutcome as SweepOutcome
