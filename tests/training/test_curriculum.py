@@ -219,6 +219,18 @@ def test_a_dimension_that_is_not_enabled_has_no_stage() -> None:
     assert curriculum.final_stage("mode") == second.stages[-1]
 
 
+def test_the_learning_rate_rises_anew_after_a_change_of_stage() -> None:
+    """Linearly over `num_rewarm` updates; before the first change it is untouched."""
+    line = Dimension(name="d", stages=stages("epoch >= 1"))
+    curriculum = Curriculum((line,), num_rewarm=3)
+    assert curriculum.rate_factor(0) == 1.0
+    curriculum.observe(10, {})
+    factors = [curriculum.rate_factor(step) for step in range(10, 15)]
+    assert factors == [0.25, 0.5, 0.75, 1.0, 1.0]
+    with pytest.raises(SettingsError, match="num_rewarm"):
+        Curriculum((line,), num_rewarm=-1)
+
+
 def test_a_measure_that_never_comes_is_refused_before_the_first_step() -> None:
     """With the nearest name that does come."""
     curriculum = one(Dimension(name="d", stages=stages("solvd >= 1")))

@@ -166,14 +166,25 @@ class Curriculum:
         dimensions: The lines, each with a name of its own.
         enabled: Names of those that are walked. A dimension that is not keeps the
             user's own setting: it has no stage.
+        num_rewarm: Updates of a linear rise of the learning rate after every change
+            of stage.
 
     Raises:
-        SettingsError: Two dimensions share a name, or an enabled one is unknown.
+        SettingsError: Two dimensions share a name, an enabled one is unknown, or
+            num_rewarm is negative.
     """
 
     def __init__(
-        self, dimensions: Sequence[Dimension], enabled: Sequence[str] | None = None
+        self,
+        dimensions: Sequence[Dimension],
+        enabled: Sequence[str] | None = None,
+        *,
+        num_rewarm: int = 0,
     ) -> None:
+        if num_rewarm < 0:
+            raise SettingsError(
+                f"num_rewarm needs a number of updates, got {num_rewarm}"
+            )
         by_name = {dimension.name: dimension for dimension in dimensions}
         if len(by_name) < len(dimensions):
             raise SettingsError("two dimensions of a curriculum share a name")
@@ -187,6 +198,7 @@ class Curriculum:
         self._dimensions = {n: d for n, d in by_name.items() if n in walked}
         self._places = {name: _Place() for name in self._dimensions}
         self._history: list[Transition] = []
+        self._num_rewarm = num_rewarm
 
     @property
     def dimensions(self) -> Mapping[str, Dimension]:
@@ -236,10 +248,12 @@ class Curriculum:
         found = self._dimensions.get(name)
         return found.stages[-1] if found else None
 
-    def steps_since_change(self, step: int) -> int:
-        """Updates since any dimension last changed its stage."""
-        began = max((p.began_at for p in self._places.values()), default=0)
-        return step - began
+    def rate_factor(self, step: int) -> float:
+        """Return the factor for the learning rate: it rises anew after a change."""
+        if not self._history:
+            return 1.0
+        since = step - max(place.began_at for place in self._places.values())
+        return min(1.0, (since + 1) / (self._num_rewarm + 1))
 
     def observe(
         self, step: int, measures: Mapping[str, float]

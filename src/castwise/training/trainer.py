@@ -106,6 +106,11 @@ class Task(ABC):
         del step
         return {}
 
+    def rate_factor(self, step: int) -> float:
+        """Return a factor for the scheduled learning rate of update `step`."""
+        del step
+        return 1.0
+
     def end_epoch(self, step: int, measures: Mapping[str, float]) -> Sequence[str]:
         """End an epoch, as a curriculum does; return a line for each change made."""
         del step, measures
@@ -259,7 +264,7 @@ class Trainer:
     def _one_step(self) -> None:
         started = time.perf_counter()
         step = self._progress.step
-        factor = self._schedule.factor(step)
+        factor = self._schedule.factor(step) * self._task.rate_factor(step)
         groups = self._run.optimizer.param_groups
         for group, rate in zip(groups, self._initial_rates, strict=True):
             group["lr"] = rate * factor

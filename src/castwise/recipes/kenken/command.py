@@ -30,7 +30,7 @@ CHANGES = (
 @click.option(
     "--preset",
     type=click.Choice(["tiny", "small", "base"]),
-    help="Seconds, four minutes on two cores, or a GPU.  [default: small]",
+    help="Seconds, minutes on two cores, or a GPU.  [default: small]",
 )
 @click.option(
     "--dtype",

@@ -1,6 +1,7 @@
 """Curricula of this recipe: over sizes, modes and fills, by default or from a file.
 
     castwise: 1
+    rewarm: 20                # updates of a new rise of the learning rate; optional
     dimensions:
       mode:
         smoothing: 0.3
@@ -155,7 +156,7 @@ def parse_curriculum(
         raise SettingsError(f"{where}{line}: no YAML: {problem}") from error
     except RecursionError as error:
         raise SettingsError(f"{where}: nested too deep") from error
-    top = _mapping(tree, where, ("castwise", "dimensions"))
+    top = _mapping(tree, where, ("castwise", "rewarm", "dimensions"))
     if top.get("castwise") != 1:
         raise SettingsError(
             f"{where}: need castwise: 1, got {top.get('castwise')!r}; this castwise "
@@ -166,7 +167,8 @@ def parse_curriculum(
         reader.dimension(name, value, f"{where}, {name}")
         for name, value in lines.items()
     ]
-    curriculum = Curriculum(dimensions, enabled)
+    num_rewarm = _whole(top, "rewarm", where) or 0
+    curriculum = Curriculum(dimensions, enabled, num_rewarm=num_rewarm)
     curriculum.check_measures(MEASURES)
     return curriculum
 
@@ -324,7 +326,7 @@ def _whole(entries: Mapping[str, Any], key: str, where: str) -> int | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int):
-        raise SettingsError(f"{where}: {key} needs whole epochs, got {_kind(value)}")
+        raise SettingsError(f"{where}: {key} needs a whole number, got {_kind(value)}")
     return value
 
 

@@ -145,6 +145,10 @@ class KenKenTask(Task):
             STAGE_LOSS: fmean(row.cross_entropy or 0.0 for row in rows),
         }
 
+    def rate_factor(self, step: int) -> float:
+        """Let the learning rate rise anew after a change of stage."""
+        return self._curriculum.rate_factor(step)
+
     def end_epoch(self, step: int, measures: Mapping[str, float]) -> tuple[str, ...]:
         """Let the curriculum stay, advance or go back."""
         return tuple(map(str, self._curriculum.observe(step, measures)))
