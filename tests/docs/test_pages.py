@@ -87,6 +87,24 @@ def test_the_commands_of_the_page_print_what_it_shows(tmp_path: Path) -> None:
         assert done.returncode == leaves_with
 
 
+def test_the_phases_of_the_page_run_and_explain_themselves(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The text below the code is what it prints, line numbers included."""
+    page = (DOCS / "phases.md").read_text()
+    code, text = re.findall(r"```(?:python|text)\n(.*?)```", page, re.DOTALL)
+    names = space()
+    model = nn.Sequential()
+    model.add_module("into", nn.Linear(5, 5))
+    model.add_module("solver", nn.Linear(5, 5))
+    names["model"] = model
+    names["optimizer"] = torch.optim.SGD(model.parameters(), lr=0.1)
+    exec(compile(code, str(tmp_path / "policy.py"), "exec"), names)  # noqa: S102 -- our own page
+    assert capsys.readouterr().out == text
+    assert names["run"].num_stepped == 4
+    names["run"].remove()
+
+
 def test_a_table_is_changed_from_yaml_and_holds() -> None:
     """The page's policy, put on a model: no C++, and the reason is kept."""
     (text,) = blocks("operator_table.md", "yaml")
