@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from castwise.numerics.validate_function import (
         validate_function as validate_function,
     )
+    from castwise.numerics.watch import WatchSchedule as WatchSchedule
+    from castwise.numerics.watch import watch as watch
     from castwise.optim import hold_weights as hold_weights
     from castwise.policy import OperatorTable as OperatorTable
     from castwise.policy import Policy as Policy
@@ -83,6 +85,7 @@ _ROOMS = {
     "StaticScale": "castwise.loss_scale",
     "Stepped": "castwise.training.step",
     "Validation": "castwise.numerics.validate",
+    "WatchSchedule": "castwise.numerics.watch",
     "apply_policy": "castwise.islands",
     "contract": "castwise.numerics.contract",
     "hold_weights": "castwise.optim",
@@ -99,6 +102,7 @@ _ROOMS = {
     "search": "castwise.numerics.search",
     "validate": "castwise.numerics.validate",
     "validate_function": "castwise.numerics.validate_function",
+    "watch": "castwise.numerics.watch",
 }
 
 __all__ = ["__version__", *sorted(_ROOMS)]  # noqa: PLE0604 -- the table is the list

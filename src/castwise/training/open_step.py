@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 import torch
 
@@ -24,6 +24,19 @@ if TYPE_CHECKING:
     from torch.autograd.graph import Node
 
     from castwise.training.step import Run
+
+
+class StepWatcher(Protocol):
+    """Who is told of the steps of a run, as one of `run.watchers`."""
+
+    def begins(self) -> None:
+        """The step is open and nothing ran in it."""
+
+    def gradients_ready(self, scale: float) -> None:
+        """Gradients are complete, and still hold the loss scale."""
+
+    def ends(self, *, stepped: bool) -> None:
+        """The weights were updated, or left alone."""
 
 
 class Step:
@@ -79,6 +92,8 @@ class Step:
             raise
         self._region = region
         self._run._tape.open(listens=self._again is None)  # noqa: SLF001 -- as above
+        for watcher in self._run.watchers:
+            watcher.begins()
         return self
 
     def __exit__(
@@ -109,6 +124,8 @@ class Step:
         run = self._run
         gradients = run.gradients()
         scale = run.loss_scale.scale
+        for watcher in run.watchers:
+            watcher.gradients_ready(scale)
         finding = unscale(run.loss_scale, gradients)
         loss = float(torch.stack([each.float() for each in self._losses]).sum())
         if finding is None:
@@ -126,6 +143,8 @@ class Step:
             explanation = self._explanation(scale)
             self._outcome = self._skipped(finding, explanation, loss, scale)
             finding = replace(finding, cause=str(explanation))
+        for watcher in run.watchers:
+            watcher.ends(stepped=isinstance(self._outcome, Stepped))
         run._count(self._outcome)  # noqa: SLF001 -- as above
         run._learn(finding)  # noqa: SLF001 -- as above
 

@@ -30,7 +30,7 @@ from castwise.loss_scale import LossScale, NonFinite, loss_scale_of
 from castwise.region import Region
 from castwise.training.admission import refuse_settings, refuse_stale_state
 from castwise.training.in_force import PrecisionInForce, held_formats
-from castwise.training.open_step import Step
+from castwise.training.open_step import Step, StepWatcher
 from castwise.training.outcome import Skipped, Stepped
 from castwise.training.scale_history import ScaleHistory
 from castwise.training.storage_in_force import (
@@ -78,6 +78,8 @@ class Run:
         self.num_skipped = 0
         self.history = ScaleHistory()
         self.history.note_scale(0, loss_scale.scale)
+        self.watchers: list[StepWatcher] = []
+        """Who is told of every step; `castwise.watch` comes and goes here."""
         self._tape = Tape(model, device)
         self._applied: AppliedPolicy | None = applied
         self._asked, self._fallbacks = asked, fallbacks

@@ -1,0 +1,242 @@
+"""What a watch counts, when, and that nothing changes by being watched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import castwise as cw
+from castwise.errors import SettingsError
+from castwise.numerics.exponents import ExponentHistogram
+from castwise.numerics.watch import WatchSchedule, watch
+from castwise.numerics.watch_records import WatchWindow
+from castwise.numerics.watch_samples import SAMPLE, Places
+from two_ranks import TwoRanks
+
+
+def small_model() -> nn.Sequential:
+    """Odd sizes, a norm, dropout."""
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Linear(7, 11), nn.LayerNorm(11), nn.Dropout(0.2), nn.Linear(11, 3)
+    )
+
+
+def batch(step: int, rows: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+    """A function of the step."""
+    chance = torch.Generator().manual_seed(step)
+    return torch.randn(rows, 7, generator=chance), torch.randn(
+        rows, 3, generator=chance
+    )
+
+
+def train(run: Any, num_steps: int, first: int = 0) -> None:
+    """Plain steps with a squared error."""
+    for step in range(first, first + num_steps):
+        x, y = batch(step)
+        with run.step() as open_step:
+            open_step.backward(functional.mse_loss(run.model(x), y))
+
+
+def prepared(policy: str = "bf16-mixed", lr: float = 1e-2) -> Any:
+    """A run of a small model."""
+    model = small_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    return cw.prepare(model, optimizer, cw.preset(policy))
+
+
+def test_a_window_holds_weights_gradients_outputs_and_their_gradients() -> None:
+    """Small tensors are counted whole, and as they really are."""
+    run = prepared()
+    with watch(run, schedule=WatchSchedule(every=2)) as watching:
+        with run.step() as step:
+            x, y = batch(0)
+            weight = run.model[0].weight.detach().clone()
+            step.backward(functional.mse_loss(run.model(x), y))
+            gradient = run.model[0].weight.grad.clone()
+        train(run, 1, first=1)
+    (window,) = watching.windows
+    found = {(each.kind, each.name): each for each in window.tensors}
+    assert found["weight", "0.weight"].histogram == ExponentHistogram.of(weight)
+    assert found["gradient", "0.weight"].histogram == ExponentHistogram.of(gradient)
+    assert found["output", "0"].format == "bf16"
+    assert found["output", "0"].num_elements == 55
+    assert found["output", "1"].histogram.total == 55
+    assert found["output_gradient", "3"].histogram.total == 15
+    assert ("output", "") in found
+
+
+def test_watched_steps_and_others_compute_the_same_bits() -> None:
+    """Dropout draws the same numbers; weights and moments are equal at the end."""
+    runs = prepared(), prepared()
+    torch.manual_seed(5)
+    train(runs[0], 4)
+    torch.manual_seed(5)
+    with watch(runs[1], schedule=WatchSchedule(every=2)):
+        train(runs[1], 4)
+    for one, other in zip(
+        runs[0].model.parameters(), runs[1].model.parameters(), strict=True
+    ):
+        assert torch.equal(one, other)
+
+
+def test_windows_follow_the_schedule_and_hooks_go() -> None:
+    """Steps 3, 4, 8, 9, with two steps in a window; in between nothing is hooked."""
+    run = prepared()
+    schedule = WatchSchedule(every=5, samples=2, first=3)
+    told: list[WatchWindow] = []
+    hooked = []
+    with watch(run, schedule=schedule, on_window=told.append):
+        for step in range(12):
+            x, y = batch(step)
+            with run.step() as open_step:
+                loss = functional.mse_loss(run.model(x), y)
+                hooked.append(len(run.model[0]._forward_hooks))
+                open_step.backward(loss)
+    assert [(w.first_step, w.last_step) for w in told] == [(3, 4), (8, 9)]
+    assert [step for step, number in enumerate(hooked) if number] == [3, 4, 8, 9]
+    assert told[0].of("weight")[0].histogram.total == 2 * 77
+    assert not run.model[0]._forward_hooks
+    assert run.watchers == []
+
+
+@pytest.mark.parametrize(
+    "values", [{"every": 0}, {"every": 2, "samples": 3}, {"first": -1}]
+)
+def test_a_schedule_that_cannot_be_is_refused(values: dict[str, int]) -> None:
+    """Windows hold at least a step and do not overlap."""
+    with pytest.raises(SettingsError, match="samples <= every"):
+        WatchSchedule(**values)
+
+
+def test_gradients_are_told_without_the_loss_scale() -> None:
+    """The same numbers under a scale of 2^10 as under none."""
+    plain, scaled = prepared("32-true"), prepared("32-true")
+    scaled.loss_scale = cw.StaticScale(2.0**10)
+    windows = []
+    for run in (plain, scaled):
+        torch.manual_seed(2)
+        with watch(run, schedule=WatchSchedule()) as watching:
+            train(run, 1)
+        windows.append(watching.windows[0])
+    assert windows[1].scale == 2.0**10
+    for kind in ("gradient", "output_gradient"):
+        assert windows[0].total(kind) == windows[1].total(kind)
+
+
+def test_updates_that_round_to_nothing_are_counted() -> None:
+    """Weights at 1 in bf16 cannot move by 1e-3; in fp32 all do, and what-if says so."""
+    model = nn.Linear(7, 3, bias=False)
+    lost = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        model = nn.Linear(7, 3, bias=False).to(dtype)
+        nn.init.ones_(model.weight)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+        with watch(model, optimizer=optimizer) as watching:
+            x, y = batch(0)
+            functional.mse_loss(model(x.to(dtype)), y.to(dtype)).backward()
+            optimizer.step()
+        lost[dtype] = watching.windows[0].of("weight")[0].lost
+    assert lost[torch.bfloat16]["bf16"] == 1
+    assert lost[torch.float32]["fp32"] == 0
+    assert lost[torch.float32]["bf16"] == 1
+    assert lost[torch.float32]["fp16"] == 0
+
+
+def test_weights_whose_exact_value_is_held_elsewhere_lose_nothing() -> None:
+    """Under a weight storage the bits of the parameter are only half of the truth."""
+    run = prepared("bf16-true", lr=1e-4)
+    assert run.held is not None
+    with watch(run) as watching:
+        train(run, 1)
+    assert {each.format for each in watching.windows[0].of("weight")} == {"bf16"}
+    assert {each.lost for each in watching.windows[0].of("weight")} == {None}
+    assert watching.windows[0].lost_updates() is None
+
+
+def test_a_skipped_step_is_counted_and_its_numbers_are_seen() -> None:
+    """The step with an infinity has no update, and the watch goes on."""
+    run = prepared("32-true")
+    with watch(run, schedule=WatchSchedule(every=1)) as watching:
+        with run.step() as step:
+            x, y = batch(0)
+            step.backward(functional.mse_loss(run.model(x), y) * torch.inf)
+        train(run, 1, first=1)
+    assert [w.num_skipped for w in watching.windows] == [1, 0]
+    assert watching.windows[0].measures()["nonfinite"] > 0
+    assert watching.windows[1].measures()["nonfinite"] == 0
+
+
+def test_a_step_that_dies_leaves_no_hooks_behind() -> None:
+    """The next one is watched as if nothing had been."""
+    run = prepared()
+    with watch(run, schedule=WatchSchedule(every=1)) as watching:
+        with pytest.raises(ValueError, match="by the user"), run.step():
+            run.model(batch(0)[0])
+            raise ValueError("by the user")
+        train(run, 1)
+    (window,) = watching.windows
+    assert window.of("output")[0].histogram.total == 15
+    assert not run.model[0]._forward_hooks
+
+
+def test_a_model_needs_its_optimizer() -> None:
+    """Nobody else can say when a step is over."""
+    with pytest.raises(SettingsError, match="optimizer"):
+        watch(small_model())
+
+
+def test_a_large_tensor_is_sampled_without_global_random_numbers() -> None:
+    """4,096 places, one in each stretch; structure of any stride is not hit."""
+    before = torch.get_rng_state()
+    places = Places(torch.device("cpu"))
+    tensor = torch.arange(100_003)
+    first = places.sample(tensor)
+    assert torch.equal(first, places.sample(tensor))
+    places.renew()
+    assert not torch.equal(first, places.sample(tensor))
+    assert len(first) == SAMPLE
+    assert bool((first.diff() > 0).all())
+    striped = torch.arange(128 * 4096) % 128 == 0  # a constant stride would see all
+    share = float(places.sample(striped).float().mean())
+    assert share == pytest.approx(1 / 128, abs=0.008)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_window_is_plain_data() -> None:
+    """It comes back from its record and answers what it answered."""
+    run = prepared()
+    with watch(run) as watching:
+        train(run, 1)
+    window = watching.windows[0]
+    again = WatchWindow.from_record(window.record())
+    assert again == window
+    assert again.measures() == window.measures()
+    assert again.largest_scale("fp16") == window.largest_scale("fp16")
+
+
+def scene(rank: int) -> dict[str, Any]:
+    """Each rank has rows of its own; the gradients are not even summed."""
+    run = prepared("32-true")
+    with watch(run) as watching:
+        x, y = batch(rank, rows=3 + rank)
+        with run.step() as step:
+            step.backward(functional.mse_loss(run.model(x), y))
+    return watching.windows[0].record()
+
+
+def test_windows_hold_the_counts_of_all_ranks(two_ranks: TwoRanks) -> None:
+    """Both ranks hold the same window, and it is the sum of what each has seen."""
+    zero, one = (WatchWindow.from_record(each) for each in two_ranks(scene))
+    assert zero.num_ranks == 2
+    assert zero.of("weight") == one.of("weight")
+    output = next(each for each in zero.of("output") if each.name == "3")
+    assert output.histogram.total == (3 + 4) * 3
+    assert output.histogram == next(
+        each.histogram for each in one.of("output") if each.name == "3"
+    )
+    assert zero.of("weight")[0].histogram.total == 2 * 77
