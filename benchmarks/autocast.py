@@ -132,7 +132,8 @@ def compare(candidate: Step, reference: Step, num_turns: int) -> dict[str, float
     """Median and quartiles of the ratio of step times, in alternating order."""
     for _ in range(5):
         candidate(), reference()
-    mine, others = [], []
+    mine: list[float] = []
+    others: list[float] = []
     for turn in range(num_turns):
         for step, times in ((candidate, mine), (reference, others))[
             :: 1 - turn % 2 * 2

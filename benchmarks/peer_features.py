@@ -146,7 +146,7 @@ def table(tool: Tool) -> Answer:
 def _format_of(tool: Tool, case: tuple[Any, ...]) -> torch.dtype | None:
     name, args, *more = case
     kwargs = next((item for item in more if isinstance(item, dict)), {})
-    places = (torch, torch._C._nn, nn.functional, torch.ops.aten)  # type: ignore[attr-defined]  # noqa: SLF001 -- where the lists look
+    places = (torch, torch._C._nn, nn.functional, torch.ops.aten)  # noqa: SLF001 -- where the lists look
     function = next(getattr(p, name) for p in places if hasattr(p, name))
     try:
         with tool.region(), warnings.catch_warnings():
@@ -269,8 +269,7 @@ def buffers(tool: Tool) -> Answer:
     """A rotary table in a model whose weights are held in bf16."""
     model = Rotary()
     exact = model.inv_freq.double()
-    weight = tool.lowered(model).into.weight
-    assert isinstance(weight, Tensor)
+    weight = tool.lowered(model).get_parameter("into.weight")
     assert weight.dtype == torch.bfloat16
     off = float(4095 * (model.inv_freq.double() - exact).abs().max())
     return Answer(

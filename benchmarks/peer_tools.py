@@ -67,7 +67,7 @@ class Tool:
     @contextmanager
     def operator_in_fp32(self, op: str) -> Iterator[None]:
         """A region in which one more operator of PyTorch runs in fp32."""
-        library = torch.library.Library("aten", "IMPL")
+        library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -77,7 +77,7 @@ class Tool:
             with self.region():
                 yield
         finally:
-            library._destroy()  # noqa: SLF001 -- the only way to undo a registration
+            library._destroy()  # type: ignore[no-untyped-call]  # noqa: SLF001 -- the only way to undo a registration
 
     def held(self, model: nn.Module, fqn: str, fmt: str) -> Ready:
         """A bf16 model with one module held in a wider format, unedited."""
@@ -116,7 +116,7 @@ class Tool:
         optimizer = torch.optim.SGD([weight], lr=1.0)
         scaler = torch.amp.GradScaler("cpu")
         for _ in range(count):
-            scaler.scale((weight * torch.inf).sum()).backward()
+            scaler.scale((weight * torch.inf).sum()).backward()  # type: ignore[no-untyped-call]
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
@@ -175,7 +175,7 @@ class Lightning(Tool):
         """One of seven words."""
         from lightning.fabric import Fabric  # noqa: PLC0415 -- takes seconds
 
-        Fabric(accelerator="cpu", precision=str("bf16-mixed"))  # noqa: UP018 -- a text, as read
+        Fabric(accelerator="cpu", precision="bf16-mixed")
         raise Absent("one word for the whole model, such as bf16-mixed")
 
     def overflowing(self, count: int) -> tuple[float, str]:
