@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from castwise.numerics.census import observe as observe
     from castwise.numerics.contract import Contract as Contract
     from castwise.numerics.contract import contract as contract
+    from castwise.numerics.diagnose import Diagnosis as Diagnosis
+    from castwise.numerics.diagnose import diagnose as diagnose
     from castwise.numerics.lint import LintReport as LintReport
     from castwise.numerics.lint import lint as lint
     from castwise.numerics.search import Budget as Budget
@@ -67,6 +69,7 @@ _ROOMS = {
     "CheckpointShelf": "castwise.checkpoints",
     "Contract": "castwise.numerics.contract",
     "Decision": "castwise.decision",
+    "Diagnosis": "castwise.numerics.diagnose",
     "DynamicScale": "castwise.loss_scale",
     "FormatCensus": "castwise.numerics.census",
     "Found": "castwise.numerics.search",
@@ -88,6 +91,7 @@ _ROOMS = {
     "WatchSchedule": "castwise.numerics.watch",
     "apply_policy": "castwise.islands",
     "contract": "castwise.numerics.contract",
+    "diagnose": "castwise.numerics.diagnose",
     "hold_weights": "castwise.optim",
     "lint": "castwise.numerics.lint",
     "load_checkpoint": "castwise.checkpoints",

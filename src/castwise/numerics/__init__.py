@@ -15,5 +15,6 @@ Storey: above `region`, below `training`. Candidates come as callables.
     watched_call.py   one call: what it read, what it wrote, and once more in fp64
     replay.py         a model run again in float64, on the same random draws
     untouched.py      a model that a proof may run, and that is afterwards what it was
+    diagnose.py       rounding, range or an algorithm that fails: why something broke
     validate.py       errors under a policy against float64, beside those of fp32
 """

@@ -123,7 +123,7 @@ def validate(
             for seed in seeds:
                 for batch in checked:
                     recorder = ReferenceOperators(exact.module) if operators else None
-                    right = exact.run(batch, seed, recorder)
+                    right = exact.run(batch, seed, *([recorder] if recorder else []))
                     got = candidate.run(batch, seed, recorder)
                     tally.add(right, got, baseline.run(batch, seed))
             tried = candidate.operators

@@ -27,7 +27,7 @@ from castwise.numerics.error import (
 )
 from castwise.numerics.operator_call import stage_now
 from castwise.numerics.replay import Outcome, as_leaves
-from castwise.numerics.target import Batch, checked_loss
+from castwise.numerics.target import Batch, LossFn, checked_loss
 
 NEGLIGIBLE = 1e-6
 """A gradient this small beside that of the whole model is measured against the latter.
@@ -58,7 +58,7 @@ class ModuleRun:
 def run_model(
     model: Callable[..., Any],
     batch: Batch,
-    loss_fn: Callable[[Any, Any], torch.Tensor],
+    loss_fn: LossFn | None,
     *,
     region: Callable[[], contextlib.AbstractContextManager[Any]] | None = None,
     scale: float = 1.0,
@@ -68,20 +68,28 @@ def run_model(
     Args:
         model: A module, or any callable with the inputs of one.
         batch: The inputs and, last, the target.
-        loss_fn: From output and target to a scalar.
+        loss_fn: From output and target to a scalar. None: the batch is all inputs, and
+            there is no backward.
         region: What the forward runs in. Default: nothing.
         scale: The loss scale; gradients are returned without it.
 
     Raises:
         TargetError: The loss is no scalar, or depends on nothing.
     """
-    inputs, leaves = as_leaves(tuple(batch[:-1]))
+    given = tuple(batch) if loss_fn is None else tuple(batch[:-1])
+    inputs, leaves = as_leaves(given)
     module = model if isinstance(model, nn.Module) else None
     enter = region or contextlib.nullcontext
     with _watched(module) as (outputs, output_gradients):
+        if loss_fn is None:
+            with enter(), torch.no_grad():
+                output = model(*inputs)
+            return ModuleRun(
+                outcome=Outcome(output=_copied(output), loss=math.nan), outputs=outputs
+            )
         with enter():
             output = model(*inputs)
-            loss = checked_loss(loss_fn(output, batch[-1]), what="a validation")
+            loss = checked_loss(loss_fn(output, batch[-1]), what="a replay")
         with torch.autocast(loss.device.type, enabled=False):
             wide = loss.float() if loss.dtype.itemsize < 4 else loss
             wide.backward(torch.full_like(wide, scale))  # type: ignore[no-untyped-call]

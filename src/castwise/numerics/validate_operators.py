@@ -263,10 +263,8 @@ class OperatorsOnTrial(SameDraws):  # type: ignore[no-untyped-call]
     ) -> None:
         stage = stage_now()
         site = self._site(stage)
-        if call.op == CAST:  # its rounding is tried with the operator that it feeds
-            return
         recorded = None
-        if self.recorded is not None and stage == "forward":
+        if call.op != CAST and self.recorded is not None and stage == "forward":
             recorded = self.recorded.take((call.op, site.module, site.where))
         found = _trial(func, args, kwargs, result, recorded)
         if found is None:

@@ -6,6 +6,7 @@ numbers, and random states are afterwards what they were.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -38,7 +39,7 @@ class WideRun:
     def __init__(
         self,
         subject: Callable[..., Any],
-        loss_fn: LossFn,
+        loss_fn: LossFn | None,
         device: torch.device,
         fmt: str = "fp64",
     ) -> None:
@@ -65,9 +66,19 @@ class WideRun:
         return tuple(self._lifted)
 
     def run(
-        self, batch: Batch, seed: int, recorder: SameDraws | None = None
+        self,
+        batch: Batch,
+        seed: int,
+        *modes: contextlib.AbstractContextManager[Any],
+        scale: float = 1.0,
     ) -> ModuleRun:
         """Run forward and backward on one batch.
+
+        Args:
+            batch: The inputs and, last, the target.
+            seed: Of the random draws.
+            modes: What watches the operators while they run.
+            scale: The loss scale.
 
         Raises:
             TargetError: Something does not run in this format.
@@ -77,11 +88,13 @@ class WideRun:
             seeded(seed, self._device),
             ProductsHold(self._device.type, "ieee"),
             runs_wide(what, self.module, self._fmt) as wide,
-            recorder or SameDraws(),
+            SameDraws(),
+            contextlib.ExitStack() as stack,
         ):
-            found = run_model(
-                self.subject, wide_values(tuple(batch), self._fmt), self._loss_fn
-            )
+            for mode in modes:
+                stack.enter_context(mode)
+            wide_batch = wide_values(tuple(batch), self._fmt)
+            found = run_model(self.subject, wide_batch, self._loss_fn, scale=scale)
         self._lifted.update(
             (f"{each.where}: {each.call} names {each.format}", None)
             for each in wide.lifted

@@ -1,0 +1,571 @@
+"""Findings of a diagnosis: each looks for one thing, and tells it with its evidence.
+
+They are listed in `FINDINGS` in the order in which they are looked for; the order is
+part of the reasoning, because each of them relies on what the ones before ruled out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from castwise.formats import FORMATS
+from castwise.numerics.diagnose_arms import (
+    Emulated,
+    Trail,
+    Update,
+    copies,
+    is_range,
+    taken_apart,
+    widen_in_place,
+)
+from castwise.numerics.diagnose_case import CannotHold, Case, is_bad
+from castwise.numerics.diagnose_records import Blame, Cause, Diagnosis, EvidenceRow
+from castwise.numerics.error import relative_error, share_zero
+from castwise.numerics.operator_call import format_name
+from castwise.numerics.origins import Origin
+from castwise.numerics.validate_modules import ModuleRun, measure_modules
+
+Finding = Callable[[Case], Diagnosis | None]
+
+_FP64 = FORMATS["fp64"]
+_HELPS = 10
+"""An experiment has helped where it makes the error this many times smaller."""
+
+_MASKED = 0.5
+"""Share of zeros in an output above which an overflow was masked and not harmless."""
+
+_SCALES = (2.0**8, 2.0**12, 2.0**16, 2.0**20)
+
+
+def refused_number(case: Case) -> Diagnosis | None:
+    """PyTorch itself refuses a number that a tensor's format does not hold."""
+    try:
+        case.candidate_runs  # noqa: B018 -- run once, and kept
+    except CannotHold as error:
+        return _told(
+            case,
+            "range",
+            f"PyTorch refused it: {error}",
+            f"use a constant that {case.format} holds, such as "
+            "torch.finfo(x.dtype).min",
+            Blame(where=str(error).rpartition(" at ")[2] or None),
+        )
+    return None
+
+
+def nondeterminism(case: Case) -> Diagnosis | None:
+    """Two runs with equal random states differ by more than is allowed."""
+    again = [case.candidate(each)[0] for each in case.batches]
+    pairs = [*zip(again, case.candidate_runs, strict=True)]
+    if any(is_bad(run, with_loss=False) for pair in pairs for run in pair):
+        return None
+    difference = max(
+        relative_error(a.outcome.output, b.outcome.output) for a, b in pairs
+    )
+    if case.rule.holds(difference, 0.0):
+        return None
+    case.evidence.append(
+        EvidenceRow(
+            what="the same run again", error=difference, note="against the first"
+        )
+    )
+    name = _first_that_differs(case, *pairs[0])
+    return _told(
+        case,
+        "nondeterminism",
+        f"two runs with equal random states differ by {difference:.2e}",
+        "draw from torch, random or numpy with a seed, keep no state between calls, or "
+        "call torch.use_deterministic_algorithms(True); diagnose again then",
+        Blame(module=name),
+    )
+
+
+def fails_in_float64(case: Case) -> Diagnosis | None:
+    """Float64 is not finite: the data, the range even of float64, or the algorithm."""
+    for (run, trail), batch in zip(case.wide_trails, case.batches, strict=True):
+        bad = is_bad(run, with_loss=case.loss_fn is not None)
+        masked = not bad and _masked_overflow(run, trail)
+        if not bad and not masked:
+            continue
+        case.evidence.append(
+            EvidenceRow(
+                what="fp64",
+                measure=None,
+                note="not finite"
+                if bad
+                else f"{share_zero(run.outcome.output):.0%} zeros",
+            )
+        )
+        places = case.bad_inputs()
+        if bad and places:
+            return _of_data(case, f"{places[0]} is not finite", places[0])
+        weights = case.bad_weights()
+        if bad and weights:
+            return _of_data(
+                case,
+                f"the weight or buffer {weights[0]} is not finite",
+                None,
+                weights[0],
+            )
+        origin = _blamed(trail, run)
+        if origin is None:
+            continue
+        _narrower_trail(case, batch)
+        if is_range(origin):
+            return _of_range(case, trail, origin, "float64 overflows as well")
+        return _told(
+            case,
+            "algorithm",
+            f"float64 is not finite either: {origin.op} made {origin.made} of "
+            f"{_operands(origin)}, which has no answer in any format",
+            "guard that line: no format helps",
+            _blame(origin, trail),
+        )
+    return None
+
+
+def wrong_in_float64(case: Case) -> Diagnosis | None:
+    """Float64 is finite and wrong all the same."""
+    wide = [run for run, _ in case.wide_trails]
+    figure, limit = case.figures(wide), case.settings.limit
+    if case.settings.reference is not None and not _was_cast(case):
+        case.note("the subject in fp64", wide)
+        error, allowed = case.worst_error(wide), 1e-6 + 1.5 * _floor(case)
+        if error > allowed:
+            because = f"in float64 its error is {error:.3g} against the reference"
+            return _of_algorithm(case, because)
+    if figure is None or limit is None:
+        return None
+    case.note("fp64", wide)
+    if figure <= limit:
+        return None
+    if case.fp32_runs:
+        case.note("fp32", case.fp32_runs)
+    case.note(f"as it is ({case.format})", case.candidate_runs)
+    return _of_algorithm(
+        case, f"in float64 the figure is {figure:.3g} as well, of {limit:.3g} allowed"
+    )
+
+
+def not_finite(case: Case) -> Diagnosis | None:
+    """The candidate is not finite, and float64 is."""
+    for run, batch in zip(case.candidate_runs, case.batches, strict=True):
+        if not is_bad(run, with_loss=case.loss_fn is not None):
+            continue
+        trail = Trail(case.module)
+        again, scale = case.candidate(batch, trail)
+        origin = _blamed(trail, again)
+        _note_all(case)
+        if origin is None:
+            continue
+        if is_range(origin) or not origin.inputs_finite:
+            because = f"float64 is finite, {case.format} is not"
+            if origin.stage == "backward" and scale > 1:
+                because += f", at loss scale {scale:g}"
+            return _of_range(case, trail, origin, because)
+        return _told(
+            case,
+            "rounding",
+            f"{origin.op} made {origin.made} of {_operands(origin)}; in float64 it is "
+            "not asked to, so rounding made those operands",
+            f"hold {origin.site.module or 'that line'} in fp32",
+            _blame(origin, trail),
+        )
+    return None
+
+
+def cast_tensor(case: Case) -> Diagnosis | None:
+    """One buffer or weight, rounded alone, explains the error."""
+    error = case.worst_error(case.candidate_runs)
+    if case.holds(case.candidate_runs) or not isinstance(case.right.subject, nn.Module):
+        return None
+    explained = {}
+    for name, fmt in _held_low(case).items():
+        explained[name] = case.worst_error(_with_rounded(case, name, fmt))
+    worst = max(explained, key=lambda name: explained[name], default=None)
+    if worst is None or explained[worst] < 0.5 * error:
+        return None
+    fmt = _held_low(case)[worst]
+    _note_all(case)
+    case.evidence.append(
+        EvidenceRow(what=f"fp64 with {worst} alone in {fmt}", error=explained[worst])
+    )
+    return _told(
+        case,
+        "rounding",
+        f"{worst} held in {fmt}, and nothing else, makes an error of "
+        f"{explained[worst]:.2g} of {error:.2g}",
+        f"hold {worst} in fp32: buffers of positions and angles never go below",
+        Blame(tensor=worst, module=worst.rpartition(".")[0], stage="forward"),
+    )
+
+
+def format_apart(case: Case) -> Diagnosis | None:
+    """The error goes away with a wider exponent alone, or with more digits alone."""
+    runs = case.candidate_runs
+    if case.holds(runs):
+        return None
+    _note_all(case)
+    error, fmt = case.worst_error(runs), FORMATS[case.format]
+    scale = case.candidate(case.batches[0])[1]
+    found = {}
+    for what, bits in (
+        ("both as they are", (fmt.exponent_bits, fmt.mantissa_bits)),
+        ("a wider exponent", (_FP64.exponent_bits, fmt.mantissa_bits)),
+        ("more digits", (fmt.exponent_bits, _FP64.mantissa_bits)),
+    ):
+        emulated = case.emulated(taken_apart(*bits), scale)
+        found[what] = case.worst_error(emulated)
+        label = f"{bits[0]} exponent and {bits[1]} mantissa bits"
+        case.note(label, emulated, note=f"every operator emulated: {what}")
+    trail = Trail(case.module)
+    case.candidate(case.batches[0], trail)
+    origin = trail.first if trail.first and is_range(trail.first) else None
+    if found["a wider exponent"] < max(error, found["both as they are"]) / _HELPS:
+        if origin is not None:
+            return _of_range(
+                case, trail, origin, "the error goes away with a wider exponent"
+            )
+        return _of_underflow(case, found["a wider exponent"], error)
+    return _of_rounding(case, error, found["more digits"])
+
+
+def lost_update(case: Case) -> Diagnosis | None:
+    """Weights in few bits do not move when the optimizer steps."""
+    optimizer, model = case.settings.optimizer, case.module
+    if optimizer is None or model is None:
+        return None
+    updates = _updates(case, model, optimizer)
+    lost = [each for each in updates if each.unmoved > 0.5]
+    if not lost:
+        return None
+    worst = max(lost, key=lambda each: each.unmoved)
+    for each in lost[:5]:
+        note = (
+            f"{each.unmoved:.1%} of its numbers did not move, by {each.size:.1e} each"
+        )
+        case.evidence.append(
+            EvidenceRow(what=f"{each.parameter} in {each.format}", note=note)
+        )
+    return _told(
+        case,
+        "rounding",
+        f"the update is {worst.size:.1e} of the weights, less than half a unit of "
+        f"{worst.format}: {worst.unmoved:.1%} of {worst.parameter} rounds back to what "
+        "it was",
+        "hold the weights so that small updates survive: castwise.hold_weights with "
+        "storage master, split, kahan or stochastic; or a policy with p=fp32",
+        Blame(
+            op="update",
+            module=worst.parameter.rpartition(".")[0],
+            stage="update",
+            tensor=worst.parameter,
+        ),
+    )
+
+
+FINDINGS: tuple[Finding, ...] = (
+    refused_number,
+    nondeterminism,
+    fails_in_float64,
+    wrong_in_float64,
+    not_finite,
+    cast_tensor,
+    format_apart,
+    lost_update,
+)
+"""In the order in which they are looked for."""
+
+
+def _told(
+    case: Case, cause: Cause, because: str, remedy: str, blame: Blame
+) -> Diagnosis:
+    return Diagnosis(
+        subject=case.name,
+        cause=cause,
+        because=because,
+        remedy=remedy,
+        blame=blame,
+        evidence=tuple(case.evidence),
+    )
+
+
+def _of_data(
+    case: Case, because: str, where: str | None, tensor: str | None = None
+) -> Diagnosis:
+    return _told(
+        case,
+        "data",
+        f"{because}, and float64 is not finite either",
+        "look at what made it, before any format",
+        Blame(where=where, tensor=tensor),
+    )
+
+
+def _of_algorithm(case: Case, because: str) -> Diagnosis:
+    """Wrong in float64; how the iterations go is evidence."""
+    figures = []
+    for number, subject in sorted(case.settings.iterations.items()):
+        runs = case.wide_runs_of(subject)
+        figure = case.figures(runs)
+        figures.append(case.worst_error(runs) if figure is None else figure)
+        case.evidence.append(
+            EvidenceRow(what=f"fp64, {number} iterations", measure=figures[-1])
+        )
+    if len(figures) > 1 and figures[-1] > 10 * figures[0]:
+        course = f"{figures[0]:.2e} to {figures[-1]:.2e}"
+        because += f", and more iterations make it worse ({course})"
+    return _told(
+        case,
+        "algorithm",
+        f"{because}: no format helps",
+        "change the algorithm; for iterative solvers check what they require of the "
+        "system, such as symmetry and definiteness",
+        Blame(module=None),
+    )
+
+
+def _of_range(case: Case, trail: Trail, origin: Origin, because: str) -> Diagnosis:
+    call = trail.call_of(origin)
+    blame = _blame(origin, trail)
+    held = "" if origin.inputs_finite else f" ({origin.source or 'what it was fed'})"
+    what = "flushed to zero" if origin.kind == "underflow" else f"made {origin.made}"
+    operands = f"{_operands(origin)}{held} in {origin.format}"
+    said = f"call {call} of {origin.op} {what} of {operands}"
+    remedy = (
+        "rescale as it goes (carry ratios or logarithms instead of products), or take "
+        "a format with a wider exponent"
+    )
+    if origin.stage == "backward":
+        remedy = "lower the loss scale, or take a format with a wider exponent"
+    elif origin.format == "fp16":
+        remedy = (
+            "keep constants and intermediate results below 65504: for a mask use "
+            "torch.finfo(x.dtype).min; or take bf16, which has the range of fp32"
+        )
+    return _told(case, "range", f"{said}: {because}", remedy, blame)
+
+
+def _of_underflow(case: Case, wide_exponent: float, error: float) -> Diagnosis:
+    """Too small for the exponent: which operator flushes, and which scale helps."""
+    flushing = [each for each in case.operators() if each.flushed > 0.05]
+    backward = [each for each in flushing if each.stage == "backward"]
+    worst = max(backward or flushing, key=lambda each: each.flushed, default=None)
+    remedy = "rescale, or take a format with a wider exponent"
+    if worst is not None and worst.stage == "backward":
+        remedy = "use a loss scale (a policy with loss_scale: dynamic), or bf16"
+        scale = _scale_that_helps(case, error)
+        if scale is not None:
+            remedy = f"use a loss scale: {scale:g} brings the gradients back; or bf16"
+    share = (
+        ""
+        if worst is None
+        else f"; {worst.flushed:.0%} of what {worst.op} makes is zero"
+    )
+    return _told(
+        case,
+        "range",
+        f"the error falls from {error:.2g} to {wide_exponent:.2g} with a wider "
+        f"exponent and the same digits: numbers underflow in {case.format}{share}",
+        remedy,
+        Blame()
+        if worst is None
+        else Blame(
+            op=worst.op, module=worst.module, stage=worst.stage, where=worst.where
+        ),
+    )
+
+
+def _of_rounding(case: Case, error: float, more_digits: float) -> Diagnosis:
+    bad = [each for each in case.operators() if not each.holds(case.rule)]
+    forward = [each for each in bad if each.stage == "forward"]
+    worst = max(forward or bad, key=lambda each: each.error, default=None)
+    if worst is not None:
+        blame = Blame(
+            op=worst.op, module=worst.module, stage=worst.stage, where=worst.where
+        )
+        named = f"{worst.op} alone, on right inputs, is off by {worst.error:.2g}"
+    else:
+        blame = Blame(module=_first_off(case))
+        named = "no operator is off by itself: small errors add up or are amplified"
+    return _told(
+        case,
+        "rounding",
+        f"the error falls from {error:.2g} to {more_digits:.2g} with more digits and "
+        f"the same exponent; {named}",
+        f"hold {blame.module or 'what is named'} in fp32 by a rule of the policy",
+        blame,
+    )
+
+
+def _blame(origin: Origin, trail: Trail) -> Blame:
+    return Blame(
+        op=origin.op,
+        module=origin.site.module,
+        stage=origin.stage,
+        where=origin.site.where,
+        tensor=(origin.source or "").split(" ")[-1] or None,
+        call=trail.call_of(origin),
+    )
+
+
+def _operands(origin: Origin) -> str:
+    if origin.values:
+        return ", ".join(f"{value:.6g}" for value in origin.values)
+    return f"operands up to {origin.largest_input:.3g}"
+
+
+def _masked_overflow(run: ModuleRun, trail: Trail) -> bool:
+    """Whether something overflowed and most of the output is zero instead."""
+    first = trail.first
+    return (
+        first is not None
+        and is_range(first)
+        and share_zero(run.outcome.output) > _MASKED
+    )
+
+
+def _blamed(trail: Trail, run: ModuleRun) -> Origin | None:
+    """The origin of what is not finite in a run, or else the first one."""
+    results = [
+        *run.outcome.output.values(),
+        *run.outcome.gradients.values(),
+        *run.outcome.input_gradients,
+    ]
+    found = trail.blamed(results)
+    return found if found is not None else trail.first
+
+
+def _narrower_trail(case: Case, batch: Any) -> None:
+    """Note at which call the subject as it is overflows."""
+    trail = Trail(case.module)
+    case.candidate(batch, trail)
+    first = trail.first
+    if first is not None:
+        note = f"call {trail.call_of(first)} of {first.op} made {first.made}"
+        case.evidence.append(EvidenceRow(what=f"as it is ({first.format})", note=note))
+
+
+def _note_all(case: Case) -> None:
+    """The error by format: the candidate, fp32 and float64."""
+    case.note(
+        case.policy.name if case.policy else f"as it is ({case.format})",
+        case.candidate_runs,
+    )
+    if case.fp32_runs:
+        case.note("fp32", case.fp32_runs)
+    case.note("fp64", case.right_runs)
+
+
+def _floor(case: Case) -> float:
+    return min(case.worst_error(case.fp32_runs), 1e-3) if case.fp32_runs else 0.0
+
+
+def _was_cast(case: Case) -> bool:
+    """Whether the reference is the same model before something was cast."""
+    reference = case.settings.reference
+    if case.module is None or not isinstance(reference, nn.Module):
+        return False
+    return case.module.state_dict().keys() == reference.state_dict().keys()
+
+
+def _held_low(case: Case) -> dict[str, str]:
+    """Buffers that the candidate holds in fewer digits than the reference."""
+    assert case.module is not None
+    original = case.settings.reference or case.original
+    if not isinstance(original, nn.Module):
+        return {}
+    before = dict(original.named_buffers())
+    names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+    return {
+        name: names[now.dtype]
+        for name, now in case.module.named_buffers()
+        if now.dtype in names
+        and name in before
+        and before[name].dtype.itemsize > now.dtype.itemsize
+    }
+
+
+def _with_rounded(case: Case, name: str, fmt: str) -> list[ModuleRun]:
+    """The reference in float64 with one buffer rounded."""
+    wide = case.wide_of_reference()
+    assert wide.module is not None
+    buffer = wide.module.get_buffer(name)
+    with torch.no_grad():
+        buffer.copy_(Emulated(FORMATS[fmt]).rounded(buffer))
+    return [wide.run(each, case.settings.seed) for each in case.batches]
+
+
+def _scale_that_helps(case: Case, error: float) -> float | None:
+    for scale in _SCALES:
+        runs = [case.candidate(each, scale=scale)[0] for each in case.batches]
+        now = case.worst_error(runs)
+        case.evidence.append(EvidenceRow(what=f"loss scale {scale:g}", error=now))
+        if case.holds(runs) or now < error / _HELPS:
+            return scale
+    return None
+
+
+def _first_off(case: Case) -> str | None:
+    """The first module, in the order of execution, whose output is too far off."""
+    assert case.module is not None or not case.candidate_runs[0].outputs
+    order = [fqn for fqn, _ in case.candidate_runs[0].outputs if fqn]
+    found = measure_modules(
+        case.candidate_runs[0], case.right_runs[0], list(dict.fromkeys(order)), "fp32"
+    )
+    off = (
+        fqn
+        for fqn, each in found.items()
+        if each.output and not case.rule.holds(each.output.relative, 0.0)
+    )
+    return next(off, None)
+
+
+def _first_that_differs(case: Case, one: ModuleRun, other: ModuleRun) -> str | None:
+    for key, values in one.outputs.items():
+        again = other.outputs.get(key)
+        same = again is not None and len(again) == len(values)
+        if not same or relative_error(values, again) > case.rule.tolerance:
+            return key[0] or None
+    return None
+
+
+def _updates(
+    case: Case, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> list[Update]:
+    """One step of copies: as it is, and in float64."""
+    changes = []
+    gradients = case.candidate_runs[0].outcome.gradients
+    for wide in (False, True):
+        copied, stepper = copies(model, optimizer)
+        if wide:
+            widen_in_place(copied, stepper)
+        named = dict(copied.named_parameters())
+        before = {name: weight.detach().clone() for name, weight in named.items()}
+        for name, gradient in gradients.items():
+            named[name].grad = gradient.to(named[name].dtype)
+        stepper.step()
+        changes.append(
+            {n: named[n].detach().double() - before[n].double() for n in gradients}
+        )
+    found = []
+    for name, change in changes[0].items():
+        wanted = changes[1][name]
+        should = wanted != 0
+        if not should.any():
+            continue
+        weight = dict(model.named_parameters())[name].detach().double()
+        sizes = (wanted.abs() / weight.abs().clamp_min(1e-30))[should]
+        found.append(
+            Update(
+                parameter=name,
+                format=format_name(dict(model.named_parameters())[name].dtype),
+                unmoved=float((change[should] == 0).double().mean()),
+                size=float(sizes.median()),
+            )
+        )
+    return found
