@@ -142,6 +142,10 @@ class Transition:
     forced: bool
     """Whether the longest stay ended it, and not a measure."""
 
+    def record(self) -> dict[str, Any]:
+        """Plain values for the journal, where the step stands already."""
+        return {name: value for name, value in asdict(self).items() if name != "step"}
+
     def __str__(self) -> str:
         return f"{self.dimension}: {self.before} -> {self.after} ({self.because})"
 

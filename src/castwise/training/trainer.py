@@ -31,6 +31,7 @@ from castwise.checkpoints import CheckpointShelf
 from castwise.errors import ForeignCheckpointError, LossScaleError, SettingsError
 from castwise.memory.monitor import MemoryMonitor
 from castwise.training.averages import Averages
+from castwise.training.curriculum import Transition
 from castwise.training.display import Display
 from castwise.training.journal import Journal
 from castwise.training.random_state import (
@@ -111,8 +112,10 @@ class Task(ABC):
         del step
         return 1.0
 
-    def end_epoch(self, step: int, measures: Mapping[str, float]) -> Sequence[str]:
-        """End an epoch, as a curriculum does; return a line for each change made."""
+    def end_epoch(
+        self, step: int, measures: Mapping[str, float]
+    ) -> Sequence[Transition]:
+        """End an epoch, as a curriculum does; return the changes of stage."""
         del step, measures
         return ()
 
@@ -351,9 +354,9 @@ class Trainer:
         }
         self._journal.write("epoch", progress.step, values)
         self._display.update(progress.step, measures)
-        for line in self._task.end_epoch(progress.step, measures):
-            self._journal.write("stage", progress.step, {"change": line})
-            self._display.note(f"step {progress.step}: {line}")
+        for change in self._task.end_epoch(progress.step, measures):
+            self._journal.write("stage", progress.step, change.record())
+            self._display.note(f"step {progress.step}: {change}")
         self._monitor.reset_peak()
         progress.num_units = 0
         progress.window_started = time.perf_counter()

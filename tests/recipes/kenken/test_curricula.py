@@ -155,7 +155,8 @@ def test_a_run_walks_its_stages_and_a_resumed_run_walks_the_same(
         trees.append(load_checkpoint(newest, kind="kenken run"))
         changes = [r for r in read_journal(folder) if r.event == "stage"]
         assert [r.step for r in changes] == [4]
-        assert "plain -> all" in changes[0].values["change"]
+        assert changes[0].values["after"] == "all"
+        assert not changes[0].values["forced"]
     first, second = trees
     assert first["task"] == second["task"]
     for name, weight in first["model"].items():

@@ -13,6 +13,7 @@ from typing import Any
 
 from castwise.numerics.census import FormatCensus
 from castwise.recipes.kenken.alphabets import parse_mode
+from castwise.recipes.kenken.curricula import curriculum_of
 from castwise.recipes.kenken.dataset import world_note
 from castwise.recipes.kenken.drawing import draw_svg
 from castwise.recipes.kenken.measures import Measures, Rate
@@ -21,6 +22,7 @@ from castwise.recipes.kenken.puzzles import Puzzle
 from castwise.recipes.kenken.settings import KenKenSettings
 from castwise.recipes.kenken.solver import Answer
 from castwise.recipes.scale_story import scale_markers, scale_story
+from castwise.recipes.stage_story import stage_story
 from castwise.report import (
     Column,
     DataTable,
@@ -365,6 +367,11 @@ def _training_blocks(evidence: Evidence) -> tuple[Lines | DataTable, ...]:
             y_label="nats per hidden cell",
             log_y=True,
             markers=markers,
+        ),
+        *stage_story(
+            curriculum_of(evidence.settings),
+            evidence.records,
+            evidence.result.num_steps,
         ),
         Lines(
             title="Solved from the empty grid, by epoch",

@@ -30,7 +30,7 @@ from castwise.recipes.kenken.model import KenKenModel, completion_loss
 from castwise.recipes.kenken.puzzle_set import Kind, PuzzleSet
 from castwise.recipes.kenken.settings import KenKenSettings
 from castwise.recipes.kenken.supply import Supply
-from castwise.training.curriculum import Curriculum
+from castwise.training.curriculum import Curriculum, Transition
 from castwise.training.step import Run
 from castwise.training.trainer import BatchLoss, Task
 
@@ -149,9 +149,11 @@ class KenKenTask(Task):
         """Let the learning rate rise anew after a change of stage."""
         return self._curriculum.rate_factor(step)
 
-    def end_epoch(self, step: int, measures: Mapping[str, float]) -> tuple[str, ...]:
+    def end_epoch(
+        self, step: int, measures: Mapping[str, float]
+    ) -> tuple[Transition, ...]:
         """Let the curriculum stay, advance or go back."""
-        return tuple(map(str, self._curriculum.observe(step, measures)))
+        return self._curriculum.observe(step, measures)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the curriculum stands, with its history."""
