@@ -191,7 +191,7 @@ def test_scoring_takes_as_many_steps_for_any_number_of_modules() -> None:
         )
         counts[len(result.units)] = result.scoring_steps
     assert len(counts) == 2
-    assert set(counts.values()) == {1 + 2 + QUICK.num_probes}
+    assert set(counts.values()) == {2 + 2 + QUICK.num_probes}
 
 
 def test_record_resumes_without_scoring_again(tmp_path: Path) -> None:

@@ -15,15 +15,14 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 
-import torch
-
 from castwise.errors import SettingsError
 from castwise.numerics.search.bench import Bench
 from castwise.numerics.search.candidates import Candidate, parse_candidates
-from castwise.numerics.search.isolation import isolating_policy, seconds_of
+from castwise.numerics.search.handovers import Handovers
+from castwise.numerics.search.isolation import isolated
 from castwise.numerics.search.reference_step import Call
+from castwise.numerics.search.unit_play import seconds_of
 from castwise.numerics.search.units import Unit
-from castwise.policy.precision import FP32
 
 CostModel = str | Callable[[Unit, str], float]
 """`flops`, `bytes`, `time`, or a function of a unit and a candidate's name."""
@@ -51,10 +50,11 @@ def unit_costs(
     candidates: Sequence[Candidate],
     default: Candidate,
     cost: CostModel,
+    handovers: Handovers,
 ) -> dict[str, dict[str, float]]:
     """Return unit -> candidate -> cost."""
     if cost == "time":
-        return _times(bench, units, calls, candidates, default)
+        return _times(bench, units, calls, candidates, default, handovers)
     return {
         unit.fqn: {each.name: _counted(unit, each, cost) for each in candidates}
         for unit in units
@@ -77,11 +77,12 @@ def _times(
     calls: dict[str, list[Call]],
     candidates: Sequence[Candidate],
     default: Candidate,
+    handovers: Handovers,
 ) -> dict[str, dict[str, float]]:
     """Measure; modules in a unit run in fp32 meanwhile, and their time is taken off."""
     (fp32,) = parse_candidates(["fp32"])
     seconds = {
-        each.name: _seconds(bench, units, calls, each, default)
+        each.name: _seconds(bench, units, calls, each, default, handovers)
         for each in {fp32.name: fp32, **{c.name: c for c in candidates}}.values()
     }
     whole = seconds[fp32.name]
@@ -115,22 +116,25 @@ def _seconds(
     calls: dict[str, list[Call]],
     candidate: Candidate,
     default: Candidate,
+    handovers: Handovers,
 ) -> dict[str, float]:
     bench.num_timings += _REPEATS + 1
     found: dict[str, float] = {}
-    for depth in sorted({unit.depth for unit in units}):
-        level = [unit for unit in units if unit.depth == depth]
-        policy = isolating_policy(bench, level, candidate, default, inside=FP32)
-        dtype = torch.float64 if candidate.compute == "fp64" else torch.float32
-        with bench.under(policy) as region:
-            for unit in level:
-                module = bench.model.get_submodule(unit.fqn)
-                runs = [
-                    sum(
-                        seconds_of(bench, region, module, call, dtype)
-                        for call in calls[unit.fqn]
-                    )
-                    for _ in range(_REPEATS + 1)
-                ]
-                found[unit.fqn] = statistics.median(runs[1:])
+    for unit, region, formats in isolated(
+        bench,
+        units,
+        candidate,
+        default,
+        handovers if candidate == default else Handovers(),
+        inside="fp32",
+    ):
+        module = bench.model.get_submodule(unit.fqn)
+        runs = [
+            sum(
+                seconds_of(bench, region, module, call, formats[at])
+                for at, call in enumerate(calls[unit.fqn])
+            )
+            for _ in range(_REPEATS + 1)
+        ]
+        found[unit.fqn] = statistics.median(runs[1:])
     return found

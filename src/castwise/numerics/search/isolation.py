@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import re
-import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -26,32 +26,14 @@ from torch import nn
 from castwise.dtypes import dtype_of
 from castwise.numerics.search.bench import Bench
 from castwise.numerics.search.candidates import Candidate
+from castwise.numerics.search.handovers import Handovers
 from castwise.numerics.search.reference_step import Call
-from castwise.numerics.search.structure import EachTensor, flat, floating_in
+from castwise.numerics.search.unit_play import Formats, Played, play
 from castwise.numerics.search.units import Unit
 from castwise.policy.keys import REGEX_MARK
 from castwise.policy.precision import Precision
 from castwise.policy.rules import Policy
 from castwise.region import Region
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Played:
-    """What one call of a unit gave, everything flat and in float64."""
-
-    outputs: tuple[torch.Tensor, ...]
-    """Floating outputs."""
-
-    inputs: tuple[torch.Tensor | None, ...]
-    """Gradients of floating inputs; none where no gradient flows back."""
-
-    weights: tuple[torch.Tensor | None, ...]
-    """Gradients of the weights of the unit and of what is in it."""
-
-    def is_finite(self) -> bool:
-        """Whether it holds no infinity and no NaN."""
-        tensors = (*self.outputs, *self.inputs, *self.weights)
-        return all(t is None or bool(torch.isfinite(t).all()) for t in tensors)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,114 +50,19 @@ class Rounding:
     """Of the gradients of weights, over all calls."""
 
 
-def weights_of(module: nn.Module) -> list[nn.Parameter]:
-    """The weights of a module and of what is in it that are trained."""
-    return [weight for weight in module.parameters() if weight.requires_grad]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Run:
-    """One forward and backward of a unit, as it came out."""
-
-    outputs: list[torch.Tensor]
-    gradients: list[torch.Tensor | None]
-    num_inputs: int
-    scale: float
-    seconds: float
-
-
-def play(
-    bench: Bench, region: Region, module: nn.Module, call: Call, dtype: torch.dtype
-) -> Played:
-    """Run one call of a module again, forward and backward.
-
-    Args:
-        bench: Where the model stands.
-        region: Of the policy that is on it.
-        module: The unit.
-        call: What it saw.
-        dtype: What floating inputs are brought in.
-    """
-    run = _run(bench, region, module, call, dtype)
-    given = [None if g is None else flat(g) / run.scale for g in run.gradients]
-    backwards = zip(given, call.wants, strict=False)
-    return Played(
-        outputs=tuple(map(flat, run.outputs)),
-        inputs=tuple(g if wanted else None for g, wanted in backwards),
-        weights=tuple(given[run.num_inputs :]),
-    )
-
-
-def seconds_of(
-    bench: Bench, region: Region, module: nn.Module, call: Call, dtype: torch.dtype
-) -> float:
-    """Time one call of a module, forward and backward; see `play`."""
-    return _run(bench, region, module, call, dtype).seconds
-
-
-def _run(
-    bench: Bench, region: Region, module: nn.Module, call: Call, dtype: torch.dtype
-) -> _Run:
-    leaves: list[torch.Tensor] = []
-
-    def leaf(tensor: torch.Tensor) -> torch.Tensor:
-        wide = tensor.is_complex()
-        inside = tensor.to(_complex(dtype) if wide else dtype)
-        leaves.append(inside.detach().requires_grad_())
-        return leaves[-1].clone()  # a module may change its input in place
-
-    args, kwargs = map(EachTensor(leaf).values, call.inputs)
-    torch.set_rng_state(call.random_state)
-    scale = 1.0 if region.low is None else bench.loss_scale
-    with region.entered(bench.device.type):
-        begin = _now(bench.device)
-        outputs = floating_in(module(*args, **kwargs))
-        seconds = _now(bench.device) - begin
-        pairs = [
-            (output, gradient.reshape(output.shape).to(output.dtype) * scale)
-            for output, gradient in zip(outputs, call.gradients, strict=True)
-            if gradient is not None and output.requires_grad
-        ]
-        with torch.autocast(bench.device.type, enabled=False):
-            begin = _now(bench.device)
-            gradients = _gradients(pairs, [*leaves, *weights_of(module)])
-            seconds += _now(bench.device) - begin
-    return _Run(
-        outputs=outputs,
-        gradients=list(gradients),
-        num_inputs=len(leaves),
-        scale=scale,
-        seconds=seconds,
-    )
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def _gradients(
-    pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], sources: list[torch.Tensor]
-) -> Sequence[torch.Tensor | None]:
-    if not pairs or not sources:
-        return [None] * len(sources)
-    return torch.autograd.grad(
-        [output for output, _ in pairs],
-        sources,
-        [gradient for _, gradient in pairs],
-        allow_unused=True,
-    )
-
-
 def play_all(
     bench: Bench,
     units: Sequence[Unit],
     calls: dict[str, list[Call]],
     candidate: Candidate | None,
     default: Candidate,
+    handovers: Handovers,
 ) -> Iterator[tuple[Unit, list[Played]]]:
     """Replay every unit alone, in one candidate or, with None, in the reference.
+
+    In the default's format a unit is given what others hand out, already rounded; that
+    rounding is theirs. So the reference to compare with is given the same, and its
+    rounding is not counted twice.
 
     Args:
         bench: Where the model stands.
@@ -183,58 +70,135 @@ def play_all(
         calls: What each saw.
         candidate: What it runs in.
         default: What the policy's default will be.
+        handovers: In which formats it is given its inputs, where they are known.
     """
     bench.num_steps += 1
-    for depth in sorted({unit.depth for unit in units}):
-        level = [unit for unit in units if unit.depth == depth]
-        policy = isolating_policy(bench, level, candidate, default)
-        dtype = _brought_in(bench, candidate)
-        with bench.under(policy) as region:
-            for unit in level:
-                module = bench.model.get_submodule(unit.fqn)
-                yield (
-                    unit,
-                    [play(bench, region, module, c, dtype) for c in calls[unit.fqn]],
-                )
+    for unit, region, formats in isolated(bench, units, candidate, default, handovers):
+        module = bench.model.get_submodule(unit.fqn)
+        yield (
+            unit,
+            [
+                play(bench, region, module, call, formats[at])
+                for at, call in enumerate(calls[unit.fqn])
+            ],
+        )
 
 
-def isolating_policy(
+def isolated(
     bench: Bench,
-    level: Sequence[Unit],
+    units: Sequence[Unit],
     candidate: Candidate | None,
     default: Candidate,
-    inside: Precision | None = None,
-) -> Policy:
-    """The policy under which units of one depth are replayed.
+    handovers: Handovers,
+    inside: str | None = None,
+) -> Iterator[tuple[Unit, Region, list[Formats]]]:
+    """Put one unit after the other alone into a candidate.
+
+    Yields the unit, the region to play it in, and the formats of each call's inputs.
 
     Args:
         bench: Where the model stands.
-        level: The units.
-        candidate: What they run in; None stands for the reference.
+        units: What to isolate.
+        candidate: What it runs in; None stands for the reference.
         default: What the policy's default will be.
-        inside: What the modules in them run in (default: the reference).
+        handovers: In which formats it is given its inputs, where they are known.
+        inside: What the modules in a unit compute in (default: the reference).
     """
-    if candidate is None:
-        return bench.reference
-    inside = inside or Precision(
-        param="fp32",
-        compute=bench.reference.default.compute,
-        output="fp64" if candidate.compute == "fp64" else "fp32",
-        reduce="fp32",
-    )
-    policy = Policy(name="replay", default=default.precision)
-    children = [
+    wide = dtype_of(bench.reference.default.compute or "fp64")
+    for depth in sorted({unit.depth for unit in units}):
+        level = [unit for unit in units if unit.depth == depth]
+        policy = bench.reference
+        if candidate is not None:
+            isolation = _Isolation(bench, candidate, default, handovers, inside)
+            policy = isolation.policy(level)
+        brought = candidate is None or candidate.compute == "fp64"
+        otherwise = wide if brought else torch.float32
+        with bench.under(policy) as region:
+            for unit in level:
+                formats = [
+                    Formats(
+                        known=handovers.given(unit.fqn, at),
+                        otherwise=otherwise,
+                        widened=candidate is None,
+                    )
+                    for at in range(unit.num_calls)
+                ]
+                yield unit, region, formats
+
+
+class _Isolation:
+    """Writes policies in which units are low and the modules in them are not."""
+
+    def __init__(
+        self,
+        bench: Bench,
+        candidate: Candidate,
+        default: Candidate,
+        handovers: Handovers,
+        inside: str | None,
+    ) -> None:
+        self._model, self._handovers = bench.model, handovers
+        self._candidate, self._default = candidate, default
+        self._inside = inside or bench.reference.default.compute
+
+    def policy(self, level: Sequence[Unit]) -> Policy:
+        """The policy for units of one depth, none of which is in another."""
+        policy = Policy(name="replay", default=self._default.precision)
+        children: defaultdict[str, list[str]] = defaultdict(list)
+        for unit in level:
+            for name in unit.names:
+                for child in inner_modules(self._model, name):
+                    children[self._handed_out(child)].append(child)
+        for output, names in children.items():
+            precision = Precision(
+                param="fp32", compute=self._inside, output=output, reduce="fp32"
+            )
+            policy = policy.with_rule(module=any_of(names), precision=precision)
+        names = [name for unit in level for name in unit.names]
+        if self._candidate.precision != self._default.precision:
+            policy = policy.with_rule(
+                module=any_of(names), precision=self._candidate.precision
+            )
+        return policy
+
+    def _handed_out(self, child: str) -> str:
+        """What an inner module hands out: what it would if all were low."""
+        if self._candidate.compute == "fp64":
+            return "fp64"
+        low = self._default.precision.output
+        is_default = self._candidate == self._default
+        first = first_name(self._model, child)
+        if is_default and low and self._handovers.hands_out(first, dtype_of(low)):
+            return str(low)
+        return "fp32"
+
+
+def inner_modules(model: nn.Module, fqn: str) -> list[str]:
+    """Names that together cover every module in one, wherever else it stands.
+
+    A container without a forward is never called; those in it stand for it.
+    """
+    module = model.get_submodule(fqn)
+    prefix = f"{fqn}." if fqn else ""
+    found: list[str] = []
+    for name, child in module.named_children():
+        contains_only = type(child).forward is nn.Module.forward
+        inner = inner_modules(model, prefix + name) if contains_only else []
+        found += inner or [prefix + name]
+    below = {id(each) for each in module.modules()} - {id(module)}
+    found += [
         name
-        for unit in level
-        for fqn in unit.names
-        for name in _inside(bench.model, fqn)
+        for name, each in model.named_modules(remove_duplicate=False)
+        if id(each) in below and not name.startswith(prefix)
     ]
-    names = [fqn for unit in level for fqn in unit.names]
-    if children:
-        policy = policy.with_rule(module=any_of(children), precision=inside)
-    if candidate.precision != default.precision:
-        policy = policy.with_rule(module=any_of(names), precision=candidate.precision)
-    return policy
+    return list(dict.fromkeys(found))
+
+
+def first_name(model: nn.Module, fqn: str) -> str:
+    """The first name of the module of that name."""
+    module = model.get_submodule(fqn)
+    found: str = next(n for n, each in model.named_modules() if each is module)
+    return found
 
 
 def any_of(names: Sequence[str]) -> str:
@@ -286,28 +250,3 @@ def loss_scale_for(calls: dict[str, list[Call]]) -> float:
     if not math.isfinite(largest) or largest == 0:
         return 1.0
     return 2.0 ** min(24, max(0, 12 - math.frexp(largest)[1]))
-
-
-def _inside(model: nn.Module, fqn: str) -> list[str]:
-    """Names that together cover every module in one, wherever else it stands."""
-    module = model.get_submodule(fqn)
-    children = [f"{fqn}.{name}" if fqn else name for name, _ in module.named_children()]
-    below = {id(each) for each in module.modules()} - {id(module)}
-    elsewhere = [
-        name
-        for name, each in model.named_modules(remove_duplicate=False)
-        if id(each) in below and name.rpartition(".")[0] != fqn
-    ]
-    prefix = f"{fqn}." if fqn else ""
-    return children + [name for name in elsewhere if not name.startswith(prefix)]
-
-
-def _brought_in(bench: Bench, candidate: Candidate | None) -> torch.dtype:
-    wide = bench.reference.default.compute
-    if candidate is None or candidate.compute == "fp64":
-        return dtype_of(wide or "fp64")
-    return torch.float32
-
-
-def _complex(dtype: torch.dtype) -> torch.dtype:
-    return torch.complex128 if dtype is torch.float64 else torch.complex64

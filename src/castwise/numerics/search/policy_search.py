@@ -17,7 +17,6 @@ that it holds on batches that were not given as well.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -27,28 +26,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from castwise.errors import BudgetError, SettingsError
+from castwise.errors import SettingsError
 from castwise.numerics.search.bench import Bench
 from castwise.numerics.search.budget import Budget
 from castwise.numerics.search.candidates import default_of, parse_candidates
 from castwise.numerics.search.cost import CostModel, check_cost_model
 from castwise.numerics.search.found import (
-    Choice,
     Found,
     Problem,
-    Trial,
     findings_of,
     pareto_of,
     worst_errors,
 )
 from castwise.numerics.search.record_file import (
     Record,
-    digest_of,
     fingerprint_of,
     open_record,
 )
 from castwise.numerics.search.scores import Scores
 from castwise.numerics.search.scoring import Report, Scoring, ScoringSettings
+from castwise.numerics.search.trials import Trials
 from castwise.numerics.search.units import Grouping
 from castwise.numerics.target import checked_batches
 from castwise.numerics.untouched import untouched
@@ -57,8 +54,6 @@ from castwise.policy.rules import Policy
 
 _FP32 = Policy(name="fp32", default=FP32)
 _MATTERS = 0.25  # of the budget, from which on the error of fp32 is looked at closely
-_HOPEFUL = 1.3  # times the budget: what may be predicted for a choice worth a trial
-_WIDEST_STEP = 16.0  # by which one trial may change what is predicted
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -195,17 +190,24 @@ class _Search:
             ),
         )
         self._record: Record = open_record(record, fingerprint)
-        self._trials: list[Trial] = []
+        self._trials = Trials(
+            self._bench,
+            budget,
+            margin=settings.margin,
+            most=settings.max_trials,
+            record=self._record,
+            report=report,
+        )
         self._scoring_steps = 0
 
     def found(self, begin: float) -> Found:
         """Score, solve, try; return what was found."""
-        floor = worst_errors(self._errors(_FP32))
+        floor = worst_errors(self._trials.errors(_FP32, to_the_end=True))
         scores = self._scores(floor)
         self._bench.loss_scale = scores.loss_scale
         problem = Problem(scores, self._budget)
-        best = self._narrowed(problem)
-        best = self._polished(problem, best)
+        best = self._trials.narrowed(problem)
+        best = self._trials.polished(problem, best)
         steps = self._bench.num_steps - self._scoring_steps
         return Found(
             policy=problem.policy(best.choice),
@@ -215,10 +217,10 @@ class _Search:
             cost_model=self._cost if isinstance(self._cost, str) else "own cost",
             cost_lowest=problem.cost(problem.cheapest()),
             cost_highest=problem.cost(problem.safest()),
-            trials=tuple(self._trials),
+            trials=tuple(self._trials.done),
             best=best,
             floor=floor,
-            pareto=pareto_of(problem, self._trials),
+            pareto=pareto_of(problem, self._trials.done),
             units=findings_of(problem, best.choice),
             scores=scores,
             seed=self._settings.seed,
@@ -271,157 +273,3 @@ class _Search:
         self._record.scores = scores
         self._record.save()
         return scores
-
-    def _errors(self, policy: Policy) -> tuple[dict[str, float], ...]:
-        """Run a policy batch by batch, until one breaks the budget; see the record."""
-        found: list[dict[str, float]] = []
-        digest = digest_of(f"{policy.to_yaml()} {self._bench.loss_scale}")
-        for at in range(len(self._bench.batches)):
-            key = f"{digest} {at}"
-            measure = self._budget.measure
-            known = self._record.trials.get(key)
-            if known is None or (measure is not None and "measure" not in known):
-                known = self._bench.errors(
-                    policy, self._budget, scale=self._bench.loss_scale, at=at
-                )
-                self._record.trials[key] = known
-                self._record.save()
-            found.append(known)
-            broken = self._budget.usage(known) > self._settings.margin
-            if broken and policy is not _FP32:
-                break
-        return tuple(found)
-
-    def _try(self, problem: Problem, choice: Choice) -> Trial:
-        """Run a choice for real."""
-        for trial in self._trials:
-            if trial.choice == choice:
-                return trial
-        self._report("trials", len(self._trials), self._settings.max_trials)
-        errors = self._errors(problem.policy(choice, name="candidate"))
-        usage = max(map(self._budget.usage, errors))
-        trial = Trial(
-            choice=choice,
-            predicted=problem.predicted(choice),
-            usage=usage,
-            errors=errors,
-            cost=problem.cost(choice),
-            holds=usage <= self._settings.margin,
-        )
-        self._trials.append(trial)
-        return trial
-
-    def _narrowed(self, problem: Problem) -> Trial:
-        """Search the budget to predict with, by trials that bracket it."""
-        margin = self._settings.margin
-        cheapest = problem.cheapest()
-        low, high = 0.0, math.inf  # predictions that held, and that did not
-        best: Trial | None = None
-        aim = margin
-        for _ in range(4 * self._settings.max_trials):
-            if len(self._trials) >= max(1, self._settings.max_trials * 7 // 10):
-                break
-            choice = problem.solve(aim)
-            if choice is None:
-                choice = problem.safest()
-                aim = problem.predicted(choice)
-            trial = self._try(problem, choice)
-            if trial.holds:
-                best = trial if best is None or trial.cost < best.cost else best
-                low = max(low, aim)
-                if choice == cheapest:
-                    break
-            else:
-                high = min(high, aim)
-                if choice == problem.safest():
-                    break
-            wanted = aim * _correction(margin, trial.usage)
-            aim = _within(wanted, low, high)
-            if high < math.inf and low > 0 and high / low < 1.02:
-                break
-        if best is None:
-            best = self._safest(problem)
-        return best
-
-    def _safest(self, problem: Problem) -> Trial:
-        trial = self._try(problem, problem.safest())
-        if not trial.holds:
-            raise BudgetError(self._infeasible(problem, trial))
-        return trial
-
-    def _infeasible(self, problem: Problem, trial: Trial) -> str:
-        worst = worst_errors(trial.errors)
-        limits = self._budget.limits
-        kind = max(limits, key=lambda each: worst[each] / limits[each])
-        used = problem.unit_usage()
-        names = problem.scores.candidates
-        chosen = {
-            problem.scores.units[at].fqn: names[one]
-            for group, one in zip(problem.scores.groups, trial.choice, strict=True)
-            for at in group
-        }
-        ranked = sorted(
-            chosen,
-            key=lambda fqn: (-used[fqn][chosen[fqn]], -min(used[fqn].values())),
-        )
-        if not any(used[fqn][chosen[fqn]] for fqn in ranked):
-            ranked = sorted(chosen, key=lambda fqn: -max(used[fqn].values()))
-        most = ", ".join(fqn or "(the model itself)" for fqn in ranked[:3])
-        return (
-            f"nothing keeps within {self._budget} times the margin of "
-            f"{self._settings.margin:g}: with the most digits everywhere the {kind} "
-            f"error is {worst[kind]:.3g}, {worst[kind] / limits[kind]:.3g} times the "
-            f"budget, most of it from {most}; allow "
-            f"{'a wider format' if 'fp64' not in names else 'more'}, or change these "
-            "modules"
-        )
-
-    def _polished(self, problem: Problem, best: Trial) -> Trial:
-        """Spend the trials that are left on making the best choice cheaper."""
-        refused: set[Choice] = {t.choice for t in self._trials if not t.holds}
-        while len(self._trials) < self._settings.max_trials:
-            choice = _cheaper(problem, best, refused)
-            if choice is None:
-                return best
-            trial = self._try(problem, choice)
-            if trial.holds:
-                best = trial
-            else:
-                refused.add(choice)
-        return best
-
-
-def _correction(margin: float, usage: float) -> float:
-    """By what a trial says the prediction was off, at most 16 either way."""
-    if not math.isfinite(usage):
-        return 1 / _WIDEST_STEP
-    if usage == 0:
-        return _WIDEST_STEP
-    return min(_WIDEST_STEP, max(1 / _WIDEST_STEP, margin / usage))
-
-
-def _within(wanted: float, low: float, high: float) -> float:
-    """The wanted value if it lies inside of the bracket, or else its middle."""
-    if low < wanted < high:
-        return wanted
-    if high == math.inf:
-        return max(wanted, 2 * low)
-    return math.sqrt(low * high) if low > 0 else min(wanted, high / 2)
-
-
-def _cheaper(problem: Problem, best: Trial, refused: set[Choice]) -> Choice | None:
-    """The likeliest choice that is cheaper than the best by one group's change."""
-    # a choice that is likely to fail by much is not worth a trial
-    most = _HOPEFUL * max(1.0, best.predicted / best.usage if best.usage else 1.0)
-    options = []
-    for at, one in enumerate(best.choice):
-        for other in range(len(problem.candidates)):
-            saved = problem.costs[at][one] - problem.costs[at][other]
-            load = problem.loads[at][other]
-            if saved <= 0 or math.isinf(load):
-                continue
-            choice = (*best.choice[:at], other, *best.choice[at + 1 :])
-            predicted = problem.predicted(choice)
-            if choice not in refused and predicted <= most:
-                options.append((predicted, -saved, choice))
-    return min(options)[2] if options else None

@@ -25,9 +25,10 @@ import torch
 from torch import nn
 
 from castwise.numerics.search.bench import Bench
-from castwise.numerics.search.isolation import Rounding, weights_of
+from castwise.numerics.search.isolation import Rounding
 from castwise.numerics.search.reference_step import Captured, Decision, Watch
 from castwise.numerics.search.structure import flat, floating_in
+from castwise.numerics.search.unit_play import weights_of
 from castwise.numerics.search.units import Unit
 from castwise.numerics.search.visits import Visitor, Visits
 

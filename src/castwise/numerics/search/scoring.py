@@ -1,9 +1,10 @@
 """Scoring: one reference step, replays, and probes, put together into scores.
 
 What it costs, in forward and backward runs of the model, whatever the number of
-modules: one reference step, one replay in the reference and one for each candidate, and
-K probes. Candidates of 32 bits are replayed only where the budget is so small that
-their error matters; else the error of the whole model in fp32 stands for all of them.
+modules: one reference step, one step with all modules low, a replay in each candidate,
+one or two in the reference, and K probes. Candidates of 32 bits are replayed only where
+the budget is so small that their error matters; else the error of the whole model in
+fp32 stands for all of them.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from castwise.islands.border import LOW
 from castwise.numerics.search.assignment import tree_of
 from castwise.numerics.search.bench import Bench
 from castwise.numerics.search.candidates import Candidate
 from castwise.numerics.search.cost import CostModel, unit_costs
+from castwise.numerics.search.handovers import Handovers, observe_handovers
 from castwise.numerics.search.isolation import (
-    Played,
     Rounding,
     loss_scale_for,
     play_all,
@@ -38,6 +40,7 @@ from castwise.numerics.search.record_file import Record
 from castwise.numerics.search.reference_step import Captured, capture
 from castwise.numerics.search.scores import Score, Scores
 from castwise.numerics.search.structure import flat, floating_in
+from castwise.numerics.search.unit_play import Played
 from castwise.numerics.search.units import (
     Grouping,
     Unit,
@@ -45,6 +48,7 @@ from castwise.numerics.search.units import (
     group_units,
     never_called,
 )
+from castwise.policy.rules import Policy
 
 Report = Callable[[str, int, int], None]
 """Is told of progress: what is being done, how much is done, of how much."""
@@ -108,11 +112,14 @@ class Scoring:
         captured = capture(bench, 0)
         bench.loss_scale = loss_scale_for(captured.calls)
         units = find_units(bench.model, captured)
+        handovers = self._handovers()
         signs = [
             directions(bench, probe, settings.seed)
             for probe in range(settings.num_probes)
         ]
-        values, roundings, along_weights = self._replays(captured, units, scored, signs)
+        values, roundings, along_weights = self._replays(
+            captured, units, scored, signs, handovers
+        )
         turned = self._probes(captured, roundings, along_weights, values)
         decided = find_unstable(captured.decisions, turned)
         unstable = {
@@ -122,7 +129,13 @@ class Scoring:
         }
         steps = bench.num_steps - before
         costs = unit_costs(
-            bench, units, captured.calls, self._candidates, self._default, settings.cost
+            bench,
+            units,
+            captured.calls,
+            self._candidates,
+            self._default,
+            settings.cost,
+            handovers,
         )
         return Scores(
             fingerprint=self._record.fingerprint,
@@ -143,28 +156,40 @@ class Scoring:
             has_outputs=settings.with_outputs,
         )
 
+    def _handovers(self) -> Handovers:
+        """See in which formats tensors go round when all is low, if anything is."""
+        if self._default.compute not in LOW:
+            return Handovers()
+        policy = Policy(name="all low", default=self._default.precision)
+        return observe_handovers(self._bench, policy, 0)
+
     def _replays(
         self,
         captured: Captured,
         units: tuple[Unit, ...],
         scored: Sequence[Candidate],
         signs: list[list[torch.Tensor]],
+        handovers: Handovers,
     ) -> tuple[dict[Key, Score], dict[Key, Rounding], dict[Key, list[float]]]:
         """Replay all units; say what rounding changes, and what of it meets weights."""
         bench, calls = self._bench, captured.calls
         places = {id(weight): at for at, weight in enumerate(bench.weights)}
-        wide: dict[str, list[Played]] = {}
-        self._report("replays", 0, len(scored) + 1)
-        for unit, played in play_all(bench, units, calls, None, self._default):
-            wide[unit.fqn] = played
+        wide: dict[bool, dict[str, list[Played]]] = {}
         values: dict[Key, Score] = {}
         roundings: dict[Key, Rounding] = {}
         along: dict[Key, list[float]] = {}
-        for rank, candidate in enumerate(scored, start=1):
-            self._report("replays", rank, len(scored) + 1)
-            for unit, played in play_all(bench, units, calls, candidate, self._default):
+        for rank, candidate in enumerate(scored):
+            self._report("replays", rank, len(scored))
+            is_default = candidate == self._default
+            seen = handovers if is_default else Handovers()
+            if is_default not in wide:
+                plays = play_all(bench, units, calls, None, self._default, seen)
+                wide[is_default] = {unit.fqn: played for unit, played in plays}
+            for unit, played in play_all(
+                bench, units, calls, candidate, self._default, seen
+            ):
                 key = unit.fqn, candidate.name
-                rounding = rounding_between(played, wide[unit.fqn])
+                rounding = rounding_between(played, wide[is_default][unit.fqn])
                 values[key] = _first_look(captured, unit, candidate, rounding)
                 if rounding is not None:
                     module = bench.model.get_submodule(unit.fqn)

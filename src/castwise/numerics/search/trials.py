@@ -1,0 +1,215 @@
+"""Trials: policies run for real, until the cheapest one that holds is known.
+
+Predictions rank well and are off by a factor, the same one for similar choices. So one
+number is searched, the predicted error to solve for: what a trial measured says where
+to look next, and what held and what did not is a bracket around it. Trials that are
+left over are spent on single modules that may be made cheaper still.
+"""
+
+from __future__ import annotations
+
+import math
+
+from castwise.errors import BudgetError
+from castwise.numerics.search.bench import Bench
+from castwise.numerics.search.budget import Budget
+from castwise.numerics.search.found import Choice, Problem, Trial, worst_errors
+from castwise.numerics.search.record_file import Record, digest_of
+from castwise.numerics.search.scoring import Report
+from castwise.policy.rules import Policy
+
+_HOPEFUL = 1.3  # times the budget: what may be predicted for a choice worth a trial
+_WIDEST_STEP = 16.0  # by which one trial may change what is predicted
+_CLOSE = 1.02  # a bracket that is not worth narrowing
+
+
+class Trials:
+    """Runs policies on every batch and remembers what they did.
+
+    Args:
+        bench: Where the model stands.
+        budget: What must be kept.
+        margin: The share of it that must suffice.
+        most: How many policies are run at most.
+        record: Keeps what was measured.
+        report: Is told of progress.
+    """
+
+    def __init__(
+        self,
+        bench: Bench,
+        budget: Budget,
+        *,
+        margin: float,
+        most: int,
+        record: Record,
+        report: Report,
+    ) -> None:
+        self._bench, self._budget = bench, budget
+        self._margin, self._most = margin, most
+        self._record, self._report = record, report
+        self.done: list[Trial] = []
+        """Every policy that was run, in order."""
+
+    def errors(
+        self, policy: Policy, *, to_the_end: bool = False
+    ) -> tuple[dict[str, float], ...]:
+        """Run a policy batch by batch, until one breaks the budget; see the record."""
+        found: list[dict[str, float]] = []
+        measure = self._budget.measure
+        digest = digest_of(
+            f"{_said_by(policy)} {self._bench.loss_scale} {measure and measure.name}"
+        )
+        for at in range(len(self._bench.batches)):
+            key = f"{digest} {at}"
+            known = self._record.trials.get(key)
+            if known is None:
+                known = self._bench.errors(
+                    policy, self._budget, scale=self._bench.loss_scale, at=at
+                )
+                self._record.trials[key] = known
+                self._record.save()
+            found.append(known)
+            broken = self._budget.usage(known) > self._margin
+            if broken and not to_the_end:
+                break
+        return tuple(found)
+
+    def _try(self, problem: Problem, choice: Choice) -> Trial:
+        """Run a choice for real."""
+        for trial in self.done:
+            if trial.choice == choice:
+                return trial
+        self._report("trials", len(self.done), self._most)
+        errors = self.errors(problem.policy(choice, name="candidate"))
+        usage = max(map(self._budget.usage, errors))
+        trial = Trial(
+            choice=choice,
+            predicted=problem.predicted(choice),
+            usage=usage,
+            errors=errors,
+            cost=problem.cost(choice),
+            holds=usage <= self._margin,
+        )
+        self.done.append(trial)
+        return trial
+
+    def narrowed(self, problem: Problem) -> Trial:
+        """Search the budget to predict with, by trials that bracket it."""
+        margin = self._margin
+        cheapest = problem.cheapest()
+        low, high = 0.0, math.inf  # predictions that held, and that did not
+        best: Trial | None = None
+        aim = margin
+        for _ in range(4 * self._most):
+            if len(self.done) >= max(1, self._most * 7 // 10):
+                break
+            choice = problem.solve(aim)
+            if choice is None:
+                choice = problem.safest()
+                aim = problem.predicted(choice)
+            trial = self._try(problem, choice)
+            if trial.holds:
+                best = trial if best is None or trial.cost < best.cost else best
+                low = max(low, aim)
+                if choice == cheapest:
+                    break
+            else:
+                high = min(high, aim)
+                if choice == problem.safest():
+                    break
+            wanted = aim * _correction(margin, trial.usage)
+            aim = _within(wanted, low, high)
+            if high < math.inf and low > 0 and high / low < _CLOSE:
+                break
+        if best is None:
+            best = self._safest(problem)
+        return best
+
+    def _safest(self, problem: Problem) -> Trial:
+        trial = self._try(problem, problem.safest())
+        if not trial.holds:
+            raise BudgetError(self._infeasible(problem, trial))
+        return trial
+
+    def _infeasible(self, problem: Problem, trial: Trial) -> str:
+        worst = worst_errors(trial.errors)
+        limits = self._budget.limits
+        kind = max(limits, key=lambda each: worst[each] / limits[each])
+        used = problem.unit_usage()
+        names = problem.scores.candidates
+        chosen = {
+            problem.scores.units[at].fqn: names[one]
+            for group, one in zip(problem.scores.groups, trial.choice, strict=True)
+            for at in group
+        }
+        ranked = sorted(
+            chosen,
+            key=lambda fqn: (-used[fqn][chosen[fqn]], -min(used[fqn].values())),
+        )
+        if not any(used[fqn][chosen[fqn]] for fqn in ranked):
+            ranked = sorted(chosen, key=lambda fqn: -max(used[fqn].values()))
+        most = ", ".join(fqn or "(the model itself)" for fqn in ranked[:3])
+        return (
+            f"nothing keeps within {self._budget} times the margin of "
+            f"{self._margin:g}: with the most digits everywhere the {kind} "
+            f"error is {worst[kind]:.3g}, {worst[kind] / limits[kind]:.3g} times the "
+            f"budget, most of it from {most}; allow "
+            f"{'a wider format' if 'fp64' not in names else 'more'}, or change these "
+            "modules"
+        )
+
+    def polished(self, problem: Problem, best: Trial) -> Trial:
+        """Spend the trials that are left on making the best choice cheaper."""
+        refused: set[Choice] = {t.choice for t in self.done if not t.holds}
+        while len(self.done) < self._most:
+            choice = _cheaper(problem, best, refused)
+            if choice is None:
+                return best
+            trial = self._try(problem, choice)
+            if trial.holds:
+                best = trial
+            else:
+                refused.add(choice)
+        return best
+
+
+def _said_by(policy: Policy) -> str:
+    """What a policy says, without its reasons, which name the budget."""
+    return f"{policy.default} {[(rule.keys, rule.value) for rule in policy.rules]}"
+
+
+def _correction(margin: float, usage: float) -> float:
+    """By what a trial says the prediction was off, at most 16 either way."""
+    if not math.isfinite(usage):
+        return 1 / _WIDEST_STEP
+    if usage == 0:
+        return _WIDEST_STEP
+    return min(_WIDEST_STEP, max(1 / _WIDEST_STEP, margin / usage))
+
+
+def _within(wanted: float, low: float, high: float) -> float:
+    """The wanted value if it lies inside of the bracket, or else its middle."""
+    if low < wanted < high:
+        return wanted
+    if high == math.inf:
+        return max(wanted, 2 * low)
+    return math.sqrt(low * high) if low > 0 else min(wanted, high / 2)
+
+
+def _cheaper(problem: Problem, best: Trial, refused: set[Choice]) -> Choice | None:
+    """The likeliest choice that is cheaper than the best by one group's change."""
+    # a choice that is likely to fail by much is not worth a trial
+    most = _HOPEFUL * max(1.0, best.predicted / best.usage if best.usage else 1.0)
+    options = []
+    for at, one in enumerate(best.choice):
+        for other in range(len(problem.candidates)):
+            saved = problem.costs[at][one] - problem.costs[at][other]
+            load = problem.loads[at][other]
+            if saved <= 0 or math.isinf(load):
+                continue
+            choice = (*best.choice[:at], other, *best.choice[at + 1 :])
+            predicted = problem.predicted(choice)
+            if choice not in refused and predicted <= most:
+                options.append((predicted, -saved, choice))
+    return min(options)[2] if options else None
