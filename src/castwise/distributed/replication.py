@@ -65,7 +65,7 @@ def replicate(
     ddp = DistributedDataParallel(model, **settings)
     if any(weight.dtype is not each for weight, each in formats.items()):
         state = _Reduction(formats=formats, group=ddp.process_group)
-        ddp.register_comm_hook(state, _reduce)
+        ddp.register_comm_hook(state, lambda state, bucket: _reduce(state, bucket))  # noqa: PLW0108 -- DDP reads annotations, and refuses postponed ones
     return ddp
 
 

@@ -29,6 +29,7 @@ from castwise.numerics.operator_call import (
     stage_now,
 )
 from castwise.numerics.promise import Promise, Promises
+from castwise.numerics.transport import is_transport
 
 if TYPE_CHECKING:
     from torch._ops import OpOverload
@@ -137,7 +138,8 @@ class Witness(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        self._see(func, args, kwargs, result)
+        if not is_transport():
+            self._see(func, args, kwargs, result)
         return result
 
     def _see(

@@ -1,8 +1,9 @@
 """The parameters of one optimizer that are held, and their fp32 form during a step.
 
 A plain parameter is fp32 itself for that long: its data are exchanged. A sharded one
-cannot change its format once FSDP2 works with it, so a stand-in in fp32 takes its place
-among the optimizer's parameters, and its states go with it.
+cannot change its format once FSDP2 works with it, and one of DDP would lose the hook
+that sends its gradient. So a stand-in in fp32 takes its place among the optimizer's
+parameters, and its states go with it.
 """
 
 from __future__ import annotations
@@ -41,6 +42,13 @@ class HeldParameter:
 
     trusted: bool = False
     """Whether the next foreign write is the one that belongs to loaded extras."""
+
+    @property
+    def needs_stand_in(self) -> bool:
+        """Whether its data must not be exchanged: FSDP2 or DDP work with them."""
+        return self.own is None or (
+            torch.distributed.is_available() and torch.distributed.is_initialized()
+        )
 
     @property
     def weight(self) -> torch.Tensor:
@@ -130,7 +138,7 @@ class Joined:
         self._gradients = [held.parameter.grad for held in self._held]
         for held, gradient in zip(self._held, self._gradients, strict=True):
             wide = None if gradient is None else gradient.float()
-            if held.own is None:
+            if held.needs_stand_in:
                 full = sharded_like(held.parameter, held.full())
                 stand_in = torch.nn.Parameter(full, requires_grad=False)
                 stand_in.grad = wide
@@ -146,13 +154,14 @@ class Joined:
         back = {
             id(self._stand_ins[id(held.parameter)]): held.parameter
             for held in self._held
-            if held.own is None
+            if held.needs_stand_in
         }
         self._exchange(back)
         for held, gradient in zip(self._held, self._gradients, strict=True):
-            if held.own is None:
+            if held.needs_stand_in:
                 full = local(self._stand_ins.pop(id(held.parameter)))
             else:
+                assert held.own is not None
                 full = held.parameter.data
                 held.parameter.grad = None
                 held.parameter.data = held.own

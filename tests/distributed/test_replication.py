@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import castwise as cw
+from castwise.distributed.replication import replicate
+from castwise.errors import SettingsError
+from shared_net import (
+    LAST_BITS,
+    ROWS,
+    Messages,
+    assert_close,
+    loss_of,
+    net,
+    policy_of,
+    train,
+    whole_run,
+)
+from two_ranks import TwoRanks
+
+
+def replicated_run(
+    rank: int, name: str, recomputed: str = "", clip_norm: float | None = None
+) -> dict[str, Any]:
+    """What a process finds that sees one of two batches."""
+    model, policy = net(recomputed), policy_of(name)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    run = cw.prepare(model, optimizer, policy, clip_norm=clip_norm)
+    ddp = replicate(model, policy)
+    return train(model, run, lambda: [loss_of(ddp(ROWS[rank]))])
+
+
+@pytest.mark.parametrize(
+    "name", ["bf16-mixed fp32", "bf16-mixed fp64", "16-mixed fp32", "bf16-true fp32"]
+)
+def test_two_processes_compute_what_one_would(two_ranks: TwoRanks, name: str) -> None:
+    """Gradients and weights after three steps; 16-bit weights were 16 bits before."""
+    expected = whole_run(name)
+    for found in two_ranks(replicated_run, name):
+        assert_close(found, expected, LAST_BITS)
+        assert found["norms"] == pytest.approx(expected["norms"], rel=1e-5)
+        assert found["formats"] == expected["formats"]
+
+
+def test_clipping_and_recomputed_blocks(two_ranks: TwoRanks) -> None:
+    """Gradients are whole everywhere, so every process clips by the same norm."""
+    expected = whole_run("bf16-mixed fp32", 0.05)
+    for found in two_ranks(replicated_run, "bf16-mixed fp32", "not reentrant", 0.05):
+        assert_close(found, expected, LAST_BITS)
+        assert min(found["norms"]) > 0.05
+
+
+def backward_of(rank: int, name: str) -> tuple[set[str], dict[str, torch.Tensor]]:
+    """One backward: the formats of what was sent, and the gradients."""
+    model, policy = net(), policy_of(name)
+    run = cw.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1), policy)
+    ddp = replicate(model, policy)
+    with Messages() as noted, run.step() as step:
+        noted.sent.clear()  # DDP compares the models first
+        step.backward(loss_of(ddp(ROWS[rank])))
+        gradients = {n: w.grad.clone() for n, w in model.named_parameters()}
+    sent = {dtype for op, dtype, _ in noted.sent if op.startswith("allreduce")}
+    return sent, gradients
+
+
+def alone(name: str, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The gradients of one batch."""
+    model, policy = net(), policy_of(name)
+    run = cw.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1), policy)
+    with run.step() as step:
+        step.backward(loss_of(model(rows)))
+        return {n: w.grad.clone() for n, w in model.named_parameters()}
+
+
+def test_gradients_travel_as_the_policy_says(two_ranks: TwoRanks) -> None:
+    """Sums in bf16 where r=bf16, and in fp32 for the island in the same bucket."""
+    sent, gradients = two_ranks(backward_of, "bf16-sums fp32")[0]
+    assert sent == {"torch.bfloat16", "torch.float32"}
+    ours = [alone("bf16-sums fp32", rows) for rows in ROWS]
+    for name, gradient in gradients.items():
+        halves = [each[name] / 2 for each in ours]
+        if name.startswith("delicate"):
+            expected = halves[0] + halves[1]
+        else:
+            expected = (halves[0].bfloat16() + halves[1].bfloat16()).float()
+        torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-9)
+        assert gradient.dtype is torch.float32
+
+
+def test_bf16_weights_may_be_summed_in_fp32(two_ranks: TwoRanks) -> None:
+    """r=fp32 over weights in bf16 sends twice the bytes, as it was asked for."""
+    sent, gradients = two_ranks(backward_of, "bf16-true r=fp32")[0]
+    assert sent == {"torch.bfloat16", "torch.float32"}  # the rule names one module
+    assert gradients["delicate.weight"].dtype is torch.bfloat16
+
+
+def accumulated(rank: int) -> dict[str, torch.Tensor]:
+    """Two micro-batches, of which only the second one sends."""
+    model, policy = net(), policy_of("bf16-sums fp32")
+    run = cw.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1), policy)
+    ddp = replicate(model, policy)
+    with run.step() as step:
+        with ddp.no_sync():
+            step.backward(loss_of(ddp(ROWS[rank])) / 2)
+        step.backward(loss_of(ddp(ROWS[rank].flip(0) * 2)) / 2)
+    return {name: weight.detach() for name, weight in model.named_parameters()}
+
+
+def test_gradients_accumulate_before_they_are_sent(two_ranks: TwoRanks) -> None:
+    """One message for two micro-batches, rounded once."""
+    model, policy = net(), policy_of("bf16-mixed fp32")
+    run = cw.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1), policy)
+    with run.step() as step:
+        for rows in ROWS:
+            for x in (rows, rows.flip(0) * 2):
+                step.backward(loss_of(model(x)) / 4)
+    zero, one = two_ranks(accumulated)
+    for name, weight in model.named_parameters():
+        assert torch.equal(zero[name], one[name])
+        torch.testing.assert_close(zero[name], weight, rtol=2.0**-8, atol=1e-4)
+
+
+def refusals(_rank: int) -> list[str]:
+    """What replicate says to weights that will change their format."""
+    said = []
+    for name in ("bf16-true fp32", "bf16-mixed fp64"):
+        try:
+            replicate(net(), policy_of(name))
+        except SettingsError as error:
+            said.append(str(error))
+    return said
+
+
+def test_weights_have_their_format_before(two_ranks: TwoRanks) -> None:
+    """The buckets of DDP cannot follow a change; without processes there are none."""
+    true, mixed = two_ranks(refusals)[0]
+    assert "'enter.weight' is held in torch.float32" in true
+    assert "'delicate.weight'" in mixed
+    assert "call prepare before" in mixed
+    with pytest.raises(SettingsError, match="init_process_group"):
+        replicate(net(), cw.preset("bf16-mixed"))
