@@ -53,6 +53,8 @@ if TYPE_CHECKING:
     from castwise.policy import preset as preset
     from castwise.rounding import round_nearest as round_nearest
     from castwise.rounding import round_stochastic as round_stochastic
+    from castwise.training.sentinel import Sentinel as Sentinel
+    from castwise.training.sentinel import SentinelSettings as SentinelSettings
     from castwise.training.step import Run as Run
     from castwise.training.step import Skipped as Skipped
     from castwise.training.step import Stepped as Stepped
@@ -84,6 +86,8 @@ _ROOMS = {
     "Rule": "castwise.policy",
     "Run": "castwise.training.step",
     "SearchSettings": "castwise.numerics.search",
+    "Sentinel": "castwise.training.sentinel",
+    "SentinelSettings": "castwise.training.sentinel",
     "Skipped": "castwise.training.step",
     "StaticScale": "castwise.loss_scale",
     "Stepped": "castwise.training.step",

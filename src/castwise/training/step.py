@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from castwise.decision import Decision
-from castwise.errors import StepError
+from castwise.errors import PolicyError, StepError
 from castwise.fitting import device_of, fit_to_device, refuse_sharded_storage
 from castwise.islands import AppliedPolicy, apply_policy, module_facts
 from castwise.loss_scale import LossScale, NonFinite, loss_scale_of
@@ -32,7 +32,14 @@ from castwise.training.admission import refuse_settings, refuse_stale_state
 from castwise.training.in_force import PrecisionInForce, held_formats
 from castwise.training.open_step import Step, StepWatcher
 from castwise.training.outcome import Skipped, Stepped
+from castwise.training.overrides import (
+    PolicyChange,
+    from_records,
+    overridden,
+    records,
+)
 from castwise.training.scale_history import ScaleHistory
+from castwise.training.state_watch import StateWatch
 from castwise.training.storage_in_force import (
     StorageInForce,
     put_storage_into_force,
@@ -81,7 +88,11 @@ class Run:
         self.watchers: list[StepWatcher] = []
         """Who is told of every step; `castwise.watch` comes and goes here."""
         self._tape = Tape(model, device)
+        self._states = StateWatch(optimizer)
+        self.changes: tuple[PolicyChange, ...] = ()
+        """The history of the policy: modules that were given another precision."""
         self._applied: AppliedPolicy | None = applied
+        self._given = applied.bound.policy
         self._asked, self._fallbacks = asked, fallbacks
         self._loss_scale_decision = loss_scale_decision
         self._storage = storage
@@ -168,6 +179,48 @@ class Run:
         with self._regions[self.phase].entered(self.device.type):
             yield
 
+    def override(self, module: str, precision: str | None, *, because: str) -> None:
+        """Run a module in another precision from the next step on.
+
+        Weights stay held as they are, so the precision names no `p=`.
+
+        Args:
+            module: fqn of the module; all below it follows.
+            precision: What it computes in and hands out, such as `c=fp32,o=fp32`; none
+                for what the policy says.
+            because: The reason, one line; it stands in `run.changes`.
+
+        Raises:
+            PolicyError: The module cannot be held so; nothing was changed.
+            StepError: A step is open.
+        """
+        step = self.num_stepped + self.num_skipped
+        change = PolicyChange(
+            step=step, module=module, precision=precision, because=because
+        )
+        self._put((*self.changes, change))
+
+    def _put(self, changes: tuple[PolicyChange, ...]) -> None:
+        """Put the policy with all overrides on the model, or leave it as it was."""
+        if self._open_step is not None:
+            raise StepError(
+                "the policy cannot change while a step is open; change it between two "
+                "steps"
+            )
+        before, phase, device_type = self.applied, self.phase, self.device.type
+        bound = overridden(self._given, changes).bind(module_facts(self.model))
+        before.remove()
+        try:
+            self._applied = apply_policy(self.model, bound, device_type, phase=phase)
+        except PolicyError:
+            self._applied = apply_policy(
+                self.model, before.bound, device_type, phase=phase
+            )
+            raise
+        finally:
+            self._regions.clear()
+        self.changes = changes
+
     def parameters(self) -> dict[str, torch.Tensor]:
         """The optimizer's parameters by name; by place if they are not the model's."""
         return {
@@ -200,6 +253,7 @@ class Run:
             "num_stepped": self.num_stepped,
             "num_skipped": self.num_skipped,
             "history": self.history.state_dict(),
+            "changes": records(self.changes),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -209,6 +263,7 @@ class Run:
             LossScaleError: It was taken with another kind of loss scale.
             StepError: It is no state of a run.
         """
+        state = {"changes": [], **state}  # absent from checkpoints of the first version
         missing = [name for name in self.state_dict() if name not in state]
         if missing:
             raise StepError(
@@ -220,6 +275,9 @@ class Run:
         self.num_stepped = int(state["num_stepped"])
         self.num_skipped = int(state["num_skipped"])
         self.history.load_state_dict(state["history"])
+        changes = from_records(state["changes"])
+        if changes != self.changes:
+            self._put(changes)
 
     def remove(self) -> None:
         """Take the policy off the model; the run cannot be used afterwards.
