@@ -20,6 +20,8 @@ from castwise.errors import WeightStorageError
 from castwise.optim.shards import local, sharded_like
 from castwise.optim.storage import Extras, WeightStorage
 
+_UNKNOWN = -(2**63)  # a fingerprint that no weight has
+
 
 @dataclass(slots=True)
 class HeldParameter:
@@ -82,9 +84,9 @@ class HeldParameter:
             else value
             for key, value in self.extras.items()
         }
-        if self.own is not None:  # that of a shard fits one number of processes only
-            fingerprint = torch.tensor(self.fingerprint(), dtype=torch.int64)
-            extras[f"{name}.fingerprint"] = fingerprint
+        # That of a shard would fit one number of processes only.
+        known = self.fingerprint() if self.own is not None else _UNKNOWN
+        extras[f"{name}.fingerprint"] = torch.tensor(known, dtype=torch.int64)
         return extras
 
     def load(self, saved: Extras) -> None:
@@ -92,7 +94,7 @@ class HeldParameter:
         prefix = f"{self.storage.name}."
         own = {key.removeprefix(prefix): value for key, value in saved.items()}
         fingerprint = own.pop("fingerprint", None)
-        if own.keys() != self.extras.keys():
+        if own.keys() != self.extras.keys() or fingerprint is None:
             raise WeightStorageError(
                 f"need the states of weights held in {self.storage.name}; got "
                 f"{', '.join(saved)}; hold the weights as they were saved, or load "
@@ -101,8 +103,8 @@ class HeldParameter:
         for name, value in own.items():
             device = self.extras[name].device
             self.extras[name] = local(value).to(device, copy=True)
-        self.partner = None if fingerprint is None else int(fingerprint)
-        self.trusted = fingerprint is None
+        self.partner = int(fingerprint)
+        self.trusted = self.own is None or self.partner == _UNKNOWN
         self.version = -1  # compare at the next step, when the model is loaded too
 
     def notice_foreign_write(self) -> None:

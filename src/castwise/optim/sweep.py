@@ -15,7 +15,8 @@ Three ways to run a sweep give the same update, and `SweepSettings.backend` pick
     twin       anywhere: the readable update of `adamw`, `sgd`, `lion`, piece by piece
 
 Weights are in fp32, or split (`hold_weights(optimizer, "split")`): then the sweep joins
-and splits them on the way, and no fp32 weight ever reaches memory.
+and splits them on the way, and no fp32 weight ever reaches memory. Of a sharded weight
+(FSDP2) every process sweeps its own part; norms and checks are those of the whole.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ from torch.optim import Optimizer
 
 from castwise.decision import Decision
 from castwise.errors import SettingsError, WeightStorageError
+from castwise.optim.shards import add_up, local, sharded_like, splits_blocks
 from castwise.optim.state_formats import StateFormats
-from castwise.optim.states import CODES, num_blocks
+from castwise.optim.states import BLOCK, CODES, num_blocks
 from castwise.optim.swept import Swept, run_compiled, run_twin
 
 _BACKENDS = ("auto", "machine", "compiled", "twin")
@@ -177,12 +179,23 @@ class SweepOptimizer(Optimizer):
         self, parameter: torch.Tensor, name: str, code: str
     ) -> dict[str, torch.Tensor]:
         """Return a state of zeros in the format that its parameter's size calls for."""
-        small = parameter.numel() < self.settings.min_8bit_size
-        if self.settings.states == "fp32" or small:
+        if not self._is_coded(parameter):
             return {name: torch.zeros_like(parameter, dtype=torch.float32)}
-        scales = torch.zeros(num_blocks(parameter.numel()), device=parameter.device)
+        part = local(parameter)
+        scales = torch.zeros(num_blocks(part.numel()), device=part.device)
         codes = torch.zeros_like(parameter, dtype=CODES[code].dtype)
-        return {name: codes, f"{name}_{code}": scales}
+        whole = (num_blocks(parameter.numel()),)
+        return {name: codes, f"{name}_{code}": sharded_like(parameter, scales, whole)}
+
+    def _is_coded(self, parameter: torch.Tensor) -> bool:
+        """Return whether the states of a parameter are in 8 bits.
+
+        Those of a shard are only where its border is one of blocks: then any number of
+        processes can load them.
+        """
+        large = parameter.numel() >= self.settings.min_8bit_size
+        eight = self.settings.states == "8bit"
+        return eight and large and not splits_blocks(parameter, BLOCK)
 
     def _swept(self) -> list[Swept]:
         """Return what is to be swept: every parameter that has a gradient."""
@@ -203,7 +216,7 @@ class SweepOptimizer(Optimizer):
         state = self.state[parameter]
         codes = self.codes(group)
         scales = [
-            None if state[key].dtype == torch.float32 else state[f"{key}_{code}"]
+            None if state[key].dtype == torch.float32 else local(state[f"{key}_{code}"])
             for key, code in codes.items()
         ]
         remainder = None
@@ -211,10 +224,11 @@ class SweepOptimizer(Optimizer):
             remainder = self._remainder(parameter, name)
         return Swept(
             name=name,
-            weight=parameter.detach(),
+            parameter=parameter,
+            weight=local(parameter).detach(),
             remainder=remainder,
             gradient=_like(parameter, name),
-            states=[state[key] for key in codes],
+            states=[local(state[key]) for key in codes],
             scales=scales,
             codes=list(codes.values()),
             group=group,
@@ -271,7 +285,7 @@ class SweepOptimizer(Optimizer):
                     for norm in (torch.stack(norms).tolist() if norms else [])
                 ]
             sums.update({id(each): x for each, x in zip(some, found, strict=True)})
-        return [sums[id(each)] for each in swept]
+        return add_up([s.parameter for s in swept], [sums[id(s)] for s in swept])
 
     def _advance(self, swept: list[Swept], factor: float) -> None:
         """Count the step and sweep."""
@@ -314,11 +328,8 @@ class SweepOptimizer(Optimizer):
                 state = self.state[parameter]
                 need = {"step"}
                 for name, code in self.codes(group).items():
-                    need |= self._new_state(parameter[:0], name, code).keys()
-                    if self.settings.states == "8bit" and (
-                        parameter.numel() >= self.settings.min_8bit_size
-                    ):
-                        need.add(f"{name}_{code}")
+                    coded = self._is_coded(parameter)
+                    need |= {name, f"{name}_{code}"} if coded else {name}
                 if state.keys() != need:
                     raise WeightStorageError(
                         f"{type(self).__name__} with {self.settings.states} states "
@@ -337,13 +348,9 @@ def check_range(name: str, value: float, low: float, high: float) -> None:
 def _check_parameter(parameter: torch.Tensor, name: str) -> None:
     """Refuse what a sweep cannot run over."""
     real = parameter.is_floating_point() and parameter.element_size() <= 4
-    if (
-        not real
-        or parameter.layout != torch.strided
-        or hasattr(parameter, "placements")
-    ):
+    if not real or parameter.layout != torch.strided:
         raise WeightStorageError(
-            f"{name} needs whole, dense parameters in fp32 or 16 bits; got "
+            f"{name} needs dense parameters in fp32 or 16 bits; got "
             f"{parameter.dtype}, {parameter.layout}, {type(parameter).__name__}; take "
             "torch's optimizer for them"
         )
@@ -351,8 +358,8 @@ def _check_parameter(parameter: torch.Tensor, name: str) -> None:
 
 def _like(parameter: torch.Tensor, name: str) -> torch.Tensor:
     """Return the gradient, laid out in memory as its parameter."""
-    gradient = parameter.grad
-    assert gradient is not None
+    assert parameter.grad is not None
+    gradient, parameter = local(parameter.grad), local(parameter).detach()
     if gradient.layout != torch.strided:
         raise WeightStorageError(
             f"the sweep needs dense gradients; got {gradient.layout} in {name}; take "

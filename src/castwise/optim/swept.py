@@ -22,6 +22,9 @@ class Swept:
     name: str
     """The name it was given, or its place."""
 
+    parameter: torch.Tensor
+    """The parameter itself, of which the rest may be this process's part."""
+
     weight: torch.Tensor
     """The weight, fp32, or bf16 with a remainder; written."""
 
