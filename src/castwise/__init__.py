@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from castwise.decision import Decision as Decision
     from castwise.errors import CastwiseError as CastwiseError
     from castwise.hybrid.hybrid_trainer import HybridTrainer as HybridTrainer
+    from castwise.integrations.grad_scaler import GradScaler as GradScaler
     from castwise.islands import AppliedPolicy as AppliedPolicy
     from castwise.islands import apply_policy as apply_policy
     from castwise.islands import module_facts as module_facts
@@ -75,6 +76,7 @@ _ROOMS = {
     "DynamicScale": "castwise.loss_scale",
     "FormatCensus": "castwise.numerics.census",
     "Found": "castwise.numerics.search",
+    "GradScaler": "castwise.integrations.grad_scaler",
     "HybridTrainer": "castwise.hybrid.hybrid_trainer",
     "LintReport": "castwise.numerics.lint",
     "Measure": "castwise.numerics.search",

@@ -353,13 +353,31 @@ def test_a_loss_that_comes_out_otherwise_proves_nothing() -> None:
     assert "instead of nan" in step.outcome.because
 
 
-def test_poisoned_weights_are_named_as_the_source() -> None:
-    """What was fed to the operator is the fault, not the operator."""
+def test_a_poisoned_weight_stops_the_run_and_is_named_as_the_source() -> None:
+    """No later step can mend it; what was fed to the operator is the fault."""
     run = make_run("32-true")
     with torch.no_grad():
         run.model[0].weight[2, 1] = math.inf
-    outcome = skip_of(run, lambda out: out.mean())
-    assert "the weight 0.weight" in outcome.because
+    step = run.step()
+    with (
+        pytest.raises(LossScaleError, match=r"weight '0\.weight' itself holds inf"),
+        step,
+    ):
+        step.backward(run.model(torch.randn(11, 5)).mean())
+    assert isinstance(step.outcome, Skipped)
+    assert "what the weight 0.weight held" in step.outcome.because
+
+
+def test_a_gradient_whose_square_overflows_is_not_stepped_by() -> None:
+    """It is finite, but AdamW's second moment would be infinite for ever after."""
+    run = make_run("32-true")
+    with run.step() as step:
+        step.backward(run.model(torch.randn(11, 5)).sum() * 1e25)
+    assert isinstance(step.outcome, Skipped)
+    assert "whose square fp32 does not hold" in step.outcome.because
+    with run.step() as step:
+        step.backward(run.model(torch.randn(11, 5)).sum())
+    assert isinstance(step.outcome, Stepped)
 
 
 def test_at_the_floor_the_run_stops_with_the_operator() -> None:

@@ -5,6 +5,7 @@
     outcome.py       Stepped, Skipped: what became of it
     tape.py          how the losses of a step came about, to be run again
     replay.py        a skipped step, run again to say which operator is to blame
+    state_watch.py   weights and moments that are not finite, which nobody can mend
     scale_history.py what happened to the loss scale: changes, skips and their causes
     admission.py     what a run refuses before it does anything
     in_force.py      the policy asked for, and the precision that is in force

@@ -17,6 +17,7 @@ from castwise.loss_scale import NonFinite
 from castwise.training.admission import refuse_loss
 from castwise.training.outcome import Skipped, Stepped, skipped, writer_of
 from castwise.training.replay import Again, Explanation, explain, losses_of
+from castwise.training.state_watch import refuse_poisoned_weights, too_large_to_square
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -130,7 +131,11 @@ class Step:
         loss = float(torch.stack([each.float() for each in self._losses]).sum())
         if finding is None:
             norm = clip(gradients.values(), run.clip_norm)
+            finding = too_large_to_square(gradients, norm, run.clip_norm)
+        if finding is None:
+            run._states.check(run.parameters())  # noqa: SLF001 -- as above
             run.optimizer.step()
+            run._states.remember()  # noqa: SLF001 -- as above
             self._outcome = Stepped(
                 loss=loss,
                 gradient_norm=norm,
@@ -140,12 +145,15 @@ class Step:
         else:
             gradients.clear()
             run._clear_gradients()  # noqa: SLF001 -- as above; the replay needs the room
-            explanation = self._explanation(scale)
+            told = finding.cause
+            explanation = Explanation(note=told) if told else self._explanation(scale)
             self._outcome = self._skipped(finding, explanation, loss, scale)
             finding = replace(finding, cause=str(explanation))
         for watcher in run.watchers:
             watcher.ends(stepped=isinstance(self._outcome, Stepped))
         run._count(self._outcome)  # noqa: SLF001 -- as above
+        if finding is not None:
+            refuse_poisoned_weights(run.parameters())
         run._learn(finding)  # noqa: SLF001 -- as above
 
     def _explanation(self, scale: float) -> Explanation:
