@@ -10,9 +10,12 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from castwise.errors import BudgetError
+from castwise.numerics.breaches import is_below
 from castwise.numerics.error import Measures, NoiseRule
 from castwise.numerics.validate_modules import ModuleMeasures
 from castwise.numerics.validate_operators import OperatorError
+
+_MOST_NAMED = 4
 
 ModuleState = Literal["holds", "own", "inherited"]
 """`own`: an operator of the module is at fault; `inherited`: what it was fed is."""
@@ -184,8 +187,21 @@ class Validation:
             found.append(
                 f"loss drift {drift:.1e} of {self.rule.limit(self.loss_floor):.1e}"
             )
-        found += [str(each) for each in self.modules if each.state != "holds"]
-        return tuple(found)
+        return (*found, *self._module_faults())
+
+    def _module_faults(self) -> list[str]:
+        """Innermost modules that are at fault; those that inherit as one sentence."""
+        own = [each for each in self.modules if each.state == "own"]
+        found = [
+            str(each)
+            for each in own
+            if not any(is_below(o.module, each.module) for o in own if o is not each)
+        ]
+        heirs = [each for each in self.modules if each.state == "inherited"]
+        if found and len(heirs) > _MOST_NAMED:
+            named = ", ".join(each.module for each in heirs[:_MOST_NAMED])
+            return [*found, f"{len(heirs)} modules inherit their errors: {named}, ..."]
+        return [*found, *map(str, heirs)]
 
     def blamed(self) -> tuple[OperatorError, ...]:
         """The operators that are at fault when tried alone, the worst first."""
