@@ -65,7 +65,8 @@ class BoundPolicy:
             always = next((rule for rule in rules if rule.holds_always), None)
             found = found.over(own.precision) if own else found
             storage = storage.over(always.precision) if always else storage
-        return replace(found.over(default), param=storage.over(default).param)
+        found, param = found.over(default), storage.over(default).param
+        return found if found.param == param else replace(found, param=param)
 
     def storage_of(self, fqn: str) -> Decision[str | None]:
         """Return how the weights of a module are stored, and why.

@@ -88,6 +88,10 @@ class Precision:
 
     def over(self, surroundings: Precision) -> Precision:
         """Return this precision with its open fields filled from `surroundings`."""
+        if self.is_full:
+            return self
+        if not any(self._values()):
+            return surroundings
         return Precision(
             param=self.param or surroundings.param,
             compute=self.compute or surroundings.compute,

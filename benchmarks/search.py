@@ -1,0 +1,426 @@
+"""Measure the search for a precision policy, beside three other ways to search.
+
+    OMP_NUM_THREADS=1 python benchmarks/search.py planted --seeds 0 1 2
+    OMP_NUM_THREADS=1 python benchmarks/search.py exhaustive | heldout | router | time
+
+Rivals in the same run, with the same solver and the same trials behind them:
+
+    leave-one-in   each module alone in bf16, all others in fp32: one step a module
+    Fisher         squared gradient times squared change of the output, one shot, scaled
+                   by one step all in bf16 (the score of ModelOpt's auto_quantize)
+    bisection      the first or the last N modules in fp32, N by bisection (polygraphy)
+
+Results are merged into a JSON file, piece by piece.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from search_models import Small, batches, large, loss_fn, trained
+from torch import nn
+
+from castwise.numerics.search import Budget, SearchSettings, search
+from castwise.numerics.search.bench import Bench
+from castwise.numerics.search.candidates import default_of, parse_candidates
+from castwise.numerics.search.found import Choice, Problem
+from castwise.numerics.search.record_file import Record
+from castwise.numerics.search.scores import Scores
+from castwise.numerics.search.scoring import Scoring, ScoringSettings
+from castwise.numerics.search.trials import Trials
+from castwise.numerics.untouched import untouched
+from castwise.policy.precision import FP32
+from castwise.policy.rules import Policy
+
+MARGIN = 0.9
+FORMATS = ("bf16", "fp32")
+CANDIDATES = parse_candidates(FORMATS)
+OUT = Path(__file__).parents[1] / "docs/accepted/search.json"
+
+
+class Case:
+    """One model on the bench, with its scores."""
+
+    def __init__(self, model: nn.Module, num_batches: int, num_probes: int) -> None:
+        self.bench = Bench(
+            model, batches(0, num_batches), loss_fn, reference="fp64", seed=0
+        )
+        self.floor = self.errors(Policy(name="fp32", default=FP32))["gradient"]
+        self.record = Record(fingerprint="benchmark")
+        self.scores = self.score(num_probes)
+
+    def score(self, num_probes: int) -> Scores:
+        """Take scores with some number of probes."""
+        settings = ScoringSettings(
+            num_probes=num_probes,
+            seed=0,
+            grouping="none",
+            cost="flops",
+            with_outputs=False,
+        )
+        low = default_of(CANDIDATES)
+        scoring = Scoring(
+            self.bench, CANDIDATES, low, settings, self.record, lambda *_: None
+        )
+        floor = {"gradient": self.floor, "output": 0.0, "loss": 0.0}
+        return scoring.run([low], floor)
+
+    def errors(self, policy: Policy) -> dict[str, float]:
+        """Measure a policy on the first batch."""
+        return self.bench.errors(policy, Budget(gradient=1), scale=1.0, at=0)
+
+    def error_of(self, choice: Choice) -> float:
+        """Measure a choice on the first batch."""
+        problem = Problem(self.scores, Budget(gradient=1))
+        return self.errors(problem.policy(choice))["gradient"]
+
+    def alone(self) -> list[float]:
+        """The error of each unit alone in bf16."""
+        num = len(self.scores.groups)
+        return [
+            self.error_of(tuple(0 if each == at else 1 for each in range(num)))
+            for at in range(num)
+        ]
+
+
+def with_loads(case: Case, scores: Scores, budget: float, squared: list[float]) -> Any:
+    """A problem whose loads come from elsewhere."""
+    problem = Problem(scores, Budget(gradient=budget))
+    problem.loads = [[value / budget**2, 0.0] for value in squared]
+    problem.constant = (case.floor / budget) ** 2
+    return problem
+
+
+def share_high(problem: Problem, choice: Choice) -> float:
+    """The share of the work that stays in fp32."""
+    lowest, highest = problem.cost((0,) * len(choice)), problem.cost((1,) * len(choice))
+    return (problem.cost(choice) - lowest) / (highest - lowest)
+
+
+def trials_for(case: Case, budget: float, most: int = 10) -> Trials:
+    """Trials on the batches of a case."""
+    return Trials(
+        case.bench,
+        Budget(gradient=budget),
+        margin=MARGIN,
+        most=most,
+        record=case.record,
+        report=lambda *_: None,
+    )
+
+
+def planted_piece(seeds: list[int]) -> list[dict[str, Any]]:
+    """Each way to search, on planted transformers, at five budgets."""
+    return [row for seed in seeds for row in planted_rows(seed)]
+
+
+def planted_rows(seed: int) -> Iterator[dict[str, Any]]:
+    """Yield one row for each budget and method."""
+    model = large(seed)
+    with untouched(model, torch.device("cpu")):
+        case = Case(model, num_batches=1, num_probes=8)
+        units = [unit.fqn for unit in case.scores.units]
+        planted = {at for at, fqn in enumerate(units) if ".planted" in fqn}
+        squared = [max(0.0, e * e - case.floor**2) for e in case.alone()]
+        all_low = case.error_of((0,) * len(units))
+        oracle = case.error_of(
+            tuple(1 if at in planted else 0 for at in range(len(units)))
+        )
+        four = case.score(4)
+        fisher = [case.scores.values[fqn]["bf16"].fisher for fqn in units]
+        scale = all_low**2 / sum(fisher)
+        for factor in (0.6, 1.05, 1.25, 1.5, 3.0):
+            budget = factor * oracle / MARGIN
+            must = {at for at, value in enumerate(squared) if value > budget**2}
+            ways: dict[str, tuple[Any, int]] = {
+                "probes K=8": (
+                    Problem(case.scores, Budget(gradient=budget)),
+                    case.scores.num_steps + 1,
+                ),
+                "probes K=4": (
+                    Problem(four, Budget(gradient=budget)),
+                    four.num_steps + 1,
+                ),
+                "leave-one-in": (
+                    with_loads(case, case.scores, budget, squared),
+                    len(units) + 2,
+                ),
+                "Fisher": (
+                    with_loads(case, case.scores, budget, [scale * f for f in fisher]),
+                    4,
+                ),
+            }
+            for name, (problem, steps) in ways.items():
+                yield {
+                    "seed": seed,
+                    "factor": factor,
+                    "method": name,
+                    "steps": steps,
+                    "units": len(units),
+                    **tried(case, problem, budget, must, planted),
+                }
+            yield {
+                "seed": seed,
+                "factor": factor,
+                "method": "bisection",
+                "units": len(units),
+                **bisected(case, budget, must, planted),
+            }
+            print(f"seed {seed}, budget {budget:.2e} done", flush=True)
+
+
+def tried(
+    case: Case, problem: Problem, budget: float, must: set[int], planted: set[int]
+) -> dict[str, Any]:
+    """The first policy of a way to search, and the one it ends with."""
+    first = problem.solve(MARGIN)
+    trials = trials_for(case, budget)
+    best = trials.narrowed(problem)
+    best = trials.polished(problem, best)
+    first = first if first is not None else problem.safest()
+    high = {at for at, one in enumerate(first) if one == 1}
+    final = {at for at, one in enumerate(best.choice) if one == 1}
+    return {
+        "must": len(must),
+        "must_found": len(must & high),
+        "first_usage": case.error_of(first) / budget,
+        "share": share_high(problem, best.choice),
+        "trials": len(trials.done),
+        "usage": best.usage,
+        "num_high": len(final),
+        "planted_high": len(final & planted),
+    }
+
+
+def bisected(
+    case: Case, budget: float, must: set[int], planted: set[int]
+) -> dict[str, Any]:
+    """The fewest first or last modules in fp32 that keep the budget."""
+    num = len(case.scores.groups)
+    problem = Problem(case.scores, Budget(gradient=budget))
+    runs, best = 0, (1,) * num
+    for forward in (True, False):
+        low, high = 0, num
+        while low < high:
+            middle = (low + high) // 2
+            runs += 1
+            if case.error_of(_ends(num, middle, forward)) <= MARGIN * budget:
+                high = middle
+            else:
+                low = middle + 1
+        choice = _ends(num, high, forward)
+        best = min(best, choice, key=problem.cost)
+    high_set = {at for at, one in enumerate(best) if one == 1}
+    return {
+        "steps": runs,
+        "must": len(must),
+        "must_found": len(must & high_set),
+        "first_usage": case.error_of(best) / budget,
+        "share": share_high(problem, best),
+        "trials": 0,
+        "usage": case.error_of(best) / budget,
+        "num_high": len(high_set),
+        "planted_high": len(high_set & planted),
+    }
+
+
+def _ends(num: int, count: int, forward: bool) -> Choice:
+    return tuple(
+        1 if (at < count if forward else at >= num - count) else 0 for at in range(num)
+    )
+
+
+def exhaustive_piece(seeds: list[int]) -> list[dict[str, Any]]:
+    """The search against every policy there is, on models of about ten units."""
+    rows = []
+    for seed in seeds:
+        model = Small(seed)
+        with untouched(model, torch.device("cpu")):
+            case = Case(model, num_batches=1, num_probes=8)
+            num = len(case.scores.groups)
+            problem = Problem(case.scores, Budget(gradient=1))
+            table = {
+                choice: case.error_of(choice)
+                for choice in itertools.product((0, 1), repeat=num)
+            }
+            alone = [
+                max(
+                    0.0,
+                    table[tuple(0 if e == at else 1 for e in range(num))] ** 2
+                    - case.floor**2,
+                )
+                for at in range(num)
+            ]
+            errors = sorted(table.values())
+            for quantile in (0.02, 0.1, 0.3, 0.6):
+                budget = errors[int(quantile * len(errors))] * 1.01 / MARGIN
+                feasible = [c for c, e in table.items() if e <= MARGIN * budget]
+                optimum = min(share_high(problem, c) for c in feasible)
+                row = {"seed": seed, "units": num, "quantile": quantile}
+                ways = {
+                    "probes": Problem(case.scores, Budget(gradient=budget)),
+                    "leave-one-in": with_loads(case, case.scores, budget, alone),
+                }
+                for name, each in ways.items():
+                    trials = trials_for(case, budget)
+                    best = trials.polished(each, trials.narrowed(each))
+                    share = share_high(problem, best.choice)
+                    row[name] = share / optimum - 1 if optimum else share
+                    row[f"{name} trials"] = len(trials.done)
+                rows.append(row)
+            print(f"seed {seed}: {num} units done", flush=True)
+    return rows
+
+
+def heldout_piece(seeds: list[int], *, router: bool = False) -> list[dict[str, Any]]:
+    """Whether the budget is kept on batches that the search has not seen."""
+    rows = []
+    for seed in seeds:
+        for kind in ("random", "trained"):
+            model = large(seed, router=router)
+            model = trained(model, 20) if kind == "trained" else model
+            for gradient in (1e-2, 2e-2):
+                begin = time.perf_counter()
+                try:
+                    found = search(
+                        model,
+                        batches(seed, 4),
+                        loss_fn,
+                        Budget(gradient=gradient),
+                        settings=SearchSettings(max_trials=6),
+                    )
+                except Exception as error:  # noqa: BLE001 -- told in the table
+                    print(f"seed {seed} {kind} {gradient}: {error}", flush=True)
+                    continue
+                usages = list(used_by(model, found.policy, gradient, seed))
+                rows.append(
+                    {
+                        "seed": seed,
+                        "kind": kind,
+                        "budget": gradient,
+                        "kept": sum(each <= 1 for each in usages),
+                        "batches": len(usages),
+                        "worst": max(usages),
+                        "saved": 1 - found.cost / found.cost_highest,
+                        "unstable": len(found.unstable),
+                        "steps": found.scoring_steps + found.trial_steps,
+                        "seconds": time.perf_counter() - begin,
+                    }
+                )
+                print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def used_by(
+    model: nn.Module, policy: Policy, gradient: float, seed: int
+) -> Iterator[float]:
+    """How much of the budget a policy uses on 16 other batches."""
+    with untouched(model, torch.device("cpu")):
+        bench = Bench(model, batches(seed + 50, 16), loss_fn, reference="fp64", seed=1)
+        for at in range(16):
+            errors = bench.errors(policy, Budget(gradient=gradient), scale=1.0, at=at)
+            yield errors["gradient"] / gradient
+
+
+def time_piece(seeds: list[int]) -> list[dict[str, Any]]:
+    """Policies by counted and by measured cost, and what a step takes under each."""
+    rows = []
+    for seed in seeds:
+        model = large(seed)
+        policies = {"fp32": Policy(name="fp32", default=FP32)}
+        for cost in ("flops", "time"):
+            found = search(
+                model, batches(seed, 2), loss_fn, Budget(gradient=5e-2), cost=cost
+            )
+            policies[f"by {cost}"] = found.policy
+        low = CANDIDATES[0].precision
+        policies["all bf16"] = Policy(name="low", default=low)
+        rows.append({"seed": seed, **step_times(model, policies)})
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def step_times(model: nn.Module, policies: dict[str, Policy]) -> dict[str, float]:
+    """Median CPU milliseconds of a step under each policy, in turns."""
+    with untouched(model, torch.device("cpu")):
+        bench = Bench(model, batches(7, 1, size=8), loss_fn, reference="fp64", seed=0)
+        runs: dict[str, list[float]] = {name: [] for name in policies}
+        for _ in range(9):
+            for name, policy in policies.items():
+                with bench.under(policy) as region:
+                    bench.step(region, bench.batches[0])
+                    begin = time.process_time()
+                    bench.step(region, bench.batches[0])
+                    runs[name].append(1e3 * (time.process_time() - begin))
+    return {name: statistics.median(each) for name, each in runs.items()}
+
+
+PIECES: dict[str, Callable[[list[int]], list[dict[str, Any]]]] = {
+    "planted": planted_piece,
+    "exhaustive": exhaustive_piece,
+    "heldout": heldout_piece,
+    "router": lambda seeds: heldout_piece(seeds, router=True),
+    "time": time_piece,
+}
+
+
+def summary(rows: list[dict[str, Any]]) -> None:
+    """Print the planted piece as a table."""
+    print("method        steps  must-keep  share  1st over  p90 1st  planted  trials")
+    for name in dict.fromkeys(row["method"] for row in rows):
+        own = [row for row in rows if row["method"] == name]
+        near = [row for row in own if 1 < row["factor"] < 2]
+        first = sorted(row["first_usage"] for row in own)
+        found, must = (sum(r[key] for r in own) for key in ("must_found", "must"))
+        precision = sum(r["planted_high"] for r in near) / max(
+            1, sum(r["num_high"] for r in near)
+        )
+        print(
+            f"{name:13} {statistics.mean(r['steps'] for r in own):5.0f} "
+            f"{found:5}/{must:<4} {statistics.mean(r['share'] for r in own):6.3f} "
+            f"{sum(u > 1 for u in first) / len(first):8.0%} "
+            f"{first[math.ceil(0.9 * len(first)) - 1]:8.2f} {precision:8.2f} "
+            f"{statistics.mean(r['trials'] for r in own):7.1f}"
+        )
+
+
+@contextmanager
+def merged(path: Path) -> Iterator[dict[str, list[dict[str, Any]]]]:
+    """Read the results so far, and write them back with what was added."""
+    results = json.loads(path.read_text()) if path.exists() else {}
+    yield results
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def main() -> None:
+    """Run one piece and merge its rows."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("piece", choices=[*PIECES, "summary"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--out", type=Path, default=OUT)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    if options.piece != "summary":
+        rows = PIECES[options.piece](options.seeds)
+    with merged(options.out) as results:
+        kept = results.setdefault(options.piece, [])
+        kept[:] = [r for r in kept if r["seed"] not in options.seeds] + rows
+        results.pop("summary", None)
+        if results.get("planted"):
+            summary(results["planted"])
+
+
+if __name__ == "__main__":
+    main()
