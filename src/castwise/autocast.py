@@ -56,8 +56,10 @@ from castwise.errors import (
     SettingsError,
     UnsupportedFormatError,
 )
+from castwise.fp8_products import served
 from castwise.policy.ops import (
     DEFAULT_TABLE,
+    FP8_PRODUCTS,
     OUTER_OPERATORS,
     OperatorTable,
     operator_name,
@@ -105,6 +107,7 @@ def autocast(
     table: OperatorTable = DEFAULT_TABLE,
     *,
     enabled: bool = True,
+    fp8: bool = False,
 ) -> Iterator[None]:
     """Run operators in the formats that the table gives them.
 
@@ -113,6 +116,7 @@ def autocast(
         fmt: The low format, `bf16` or `fp16`.
         table: The operator table.
         enabled: With False, a region in which nothing is cast.
+        fp8: Whether islands in the region compute in fp8, which products must emulate.
 
     Raises:
         UnsupportedFormatError: The format is not a low one.
@@ -129,7 +133,7 @@ def autocast(
         with torch.autocast(device_type, dtype, enabled=False):
             yield
         return
-    mark = _SWITCHBOARD.enter(device_type, table)
+    mark = _SWITCHBOARD.enter(device_type, table, fp8=fp8)
     try:
         with (
             _marked(mark.dtype),
@@ -178,9 +182,10 @@ def check_operators(table: OperatorTable) -> None:
         # An entry of the default table may be newer than the PyTorch at hand.
         if entry not in DEFAULT_TABLE.entries and not _overloads(entry.op):
             near = difflib.get_close_matches(entry.op, _operator_names(), n=3)
+            meant = ", ".join(near) or "an ATen name such as softmax"
             raise RuleError(
-                f"the operator table needs operators of PyTorch, got {entry.op!r}; "
-                f"did you mean {', '.join(near) or 'an ATen name such as softmax'}?"
+                f"the operator table needs operators of PyTorch, got {entry.op!r} "
+                f"({entry.because}); did you mean {meant}?"
             )
 
 
@@ -205,7 +210,9 @@ class _Switchboard:
         self._marks: dict[str, _Mark] = {}
         self._mark: _Mark | None = None
 
-    def enter(self, device_type: str, table: OperatorTable) -> _Mark:
+    def enter(
+        self, device_type: str, table: OperatorTable, *, fp8: bool = False
+    ) -> _Mark:
         """Follow the table on a device; returns what stands for it."""
         if device_type not in DEVICE_TYPES:
             raise SettingsError(
@@ -215,6 +222,9 @@ class _Switchboard:
         with self._lock:
             if self._num_regions and self.table != table:
                 self._refuse_second(table)
+            if fp8 and device_type not in served:
+                self._served.pop(device_type, None)
+                served.add(device_type)
             if self._served.get(device_type) is not table:
                 _define_late_operators()
                 check_operators(table)
@@ -242,6 +252,7 @@ class _Switchboard:
             self._libraries.clear()
             self._kernels.clear()
             self._served.clear()
+            served.clear()
             self.table = self._mark = None
 
     def _refuse_second(self, table: OperatorTable) -> None:
@@ -267,7 +278,8 @@ class _Switchboard:
         kernel = self._kernels.get((device_type, _name_of(op)))
         if kernel is None:
             native = _native_category(op, name, device_type)
-            if _suffices(native, category) and name not in BATCH_NORMS:
+            emulates = name in FP8_PRODUCTS and device_type in served
+            if _suffices(native, category) and not (emulates or name in BATCH_NORMS):
                 return
             if native is None and not needs_kernel(op, category):
                 return

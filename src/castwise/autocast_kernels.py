@@ -23,6 +23,14 @@ import torch
 from torch import Tensor
 from torch._C._dynamo import eval_frame
 
+from castwise.fp8_products import (
+    format_now,
+    multiplied,
+    round_gradient,
+    round_operands,
+)
+from castwise.policy.ops import FP8_PRODUCTS, operator_name
+
 if TYPE_CHECKING:
     from torch._ops import OpOverload
 
@@ -174,6 +182,10 @@ def _run_of(op: OpOverload, device_type: str, category: Category) -> Run | None:
         return _batch_norm(op, on_device, choice)
     if category == "as_is":
         return None
+    name = operator_name(op._schema.name)  # noqa: SLF001 -- as above
+    functional = not op._schema.is_mutable  # noqa: SLF001 -- as above
+    if category == "low" and name in FP8_PRODUCTS and functional:
+        return _product(op, on_device, choice)
 
     def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         formats = choice(args, kwargs)
@@ -182,6 +194,24 @@ def _run_of(op: OpOverload, device_type: str, category: Category) -> Run | None:
             for name, value in kwargs.items():
                 kwargs[name] = _converted(value, formats, on_device)
         return op(*args, **kwargs)
+
+    return run
+
+
+def _product(op: OpOverload, on_device: str, choice: Choice) -> Run:
+    """A low product, whose operands are rounded to fp8 where an island says so."""
+    operands = multiplied(op)
+
+    def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        narrow = format_now()
+        if narrow is not None:  # before the cast, so that numbers are rounded once
+            args, kwargs = round_operands(args, kwargs, operands, narrow)
+        formats = choice(args, kwargs)
+        args = tuple([_converted(value, formats, on_device) for value in args])
+        for name, value in kwargs.items():
+            kwargs[name] = _converted(value, formats, on_device)
+        result = op(*args, **kwargs)
+        return result if narrow is None else round_gradient(result)
 
     return run
 

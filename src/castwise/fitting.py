@@ -19,6 +19,7 @@ from castwise.decision import Decision
 from castwise.dtypes import dtype_of, format_of, supports
 from castwise.errors import IslandError, SettingsError, UnsupportedFormatError
 from castwise.formats import parse_format
+from castwise.fp8_products import CARRIER, FP8, GRADIENT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -56,7 +57,8 @@ def fit_to_device(
     refused = {}
     for name in sorted(_formats_of(policy)):
         answer = supports(device, name)
-        if not answer.value:
+        may_emulate = policy.emulation == "allowed" and name in FP8
+        if not (answer.value or may_emulate):
             refused[name] = answer.because
     if not refused:
         return policy, ()
@@ -87,6 +89,22 @@ def fit_to_device(
         ),
     )
     return fitted, decisions
+
+
+def emulated(policy: Policy) -> tuple[Decision[str], ...]:
+    """Say which formats of a policy are emulated, and how."""
+    if policy.emulation != "allowed":
+        return ()
+    return tuple(
+        Decision(
+            name,
+            f"emulated: operands of products are rounded to it and multiplied in "
+            f"{CARRIER}, gradients are rounded to {GRADIENT}; no device computes in it "
+            "here",
+        )
+        for name in FP8
+        if name in _formats_of(policy)
+    )
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:

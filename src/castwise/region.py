@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 
 from castwise.autocast import autocast
+from castwise.fp8_products import CARRIER, FP8
 from castwise.islands.border import LOW
 from castwise.islands.products import ProductsHold
 
@@ -41,13 +42,17 @@ class Region:
     table: OperatorTable
     """What runs low in it."""
 
+    fp8: bool = False
+    """Whether products in it emulate fp8."""
+
     @classmethod
     def of(
         cls, policy: Policy, phase: str, applied: Sequence[AppliedPolicy] = ()
     ) -> Self:
         """Work out the region of a phase, with the islands that stand in it."""
-        compute = policy.base_precision(phase=phase).compute
-        assert compute is not None
+        asked = policy.base_precision(phase=phase).compute
+        assert asked is not None
+        compute = CARRIER if asked in FP8 else asked  # the root's border does the rest
         lows = (
             compute if compute in LOW else None,
             *(a.low_format() for a in applied),
@@ -56,6 +61,7 @@ class Region:
             compute=compute,
             low=next((low for low in lows if low is not None), None),
             table=policy.operator_table(phase),
+            fp8=any(each.emulated for each in applied),
         )
 
     @property
@@ -68,7 +74,9 @@ class Region:
         """Put the region into force on a kind of device."""
         with contextlib.ExitStack() as stack:
             if self.low is not None:
-                stack.enter_context(autocast(device_type, self.low, self.table))
+                stack.enter_context(
+                    autocast(device_type, self.low, self.table, fp8=self.fp8)
+                )
                 if self.low != self.compute:  # islands alone are low, and enter again
                     stack.enter_context(torch.autocast(device_type, enabled=False))
             if self.compute == "tf32":

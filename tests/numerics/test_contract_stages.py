@@ -10,7 +10,10 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import castwise as cw
+from castwise import autocast_kernels
+from castwise.fp8_products import FP8 as EIGHT
 from castwise.islands.border import LOW, Border, Island
+from castwise.islands.crossing import Rounding
 from castwise.numerics.contract import Contract, contract
 from castwise.policy import Policy
 
@@ -192,3 +195,47 @@ def test_a_second_run_in_another_format_is_a_breach(
     )
     proof = proof_of(Model())
     assert any("promised fp64" in breach.because for breach in proof.breaches)
+
+
+FP8 = Policy.parse(
+    "castwise: 1\nname: eight\ndefault: p=fp32,c=fp8_e4m3,o=bf16,r=fp32\n"
+)
+
+
+def test_emulated_fp8_is_proved_by_its_numbers() -> None:
+    """Operands are numbers of fp8 with one scale; gradients meet them in e5m2."""
+    proof = proof_of(Model(), FP8).check()
+    products = [run for run in proof.operators if run.num_flops]
+    forward = {run.actual for run in products if run.stage == "forward"}
+    assert forward == {"fp8_e4m3"}
+    backward = {run.actual for run in products if run.stage == "backward"}
+    assert "fp8_e5m2+fp8_e4m3" in backward
+    assert {fmt for each in backward for fmt in each.split("+")} <= set(EIGHT)
+    assert "emulated in bf16" in proof.summary()
+    assert {r.actual for r in proof.operators if r.op == "softmax"} == {"fp32"}
+    assert Contract.from_record(proof.record()) == proof
+
+
+def test_an_operand_that_was_not_rounded_is_a_breach(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A bf16 product where fp8 was promised is found, though both are bf16 tensors."""
+    monkeypatch.setattr(
+        autocast_kernels, "round_operands", lambda args, kwargs, *_: (args, kwargs)
+    )
+    proof = proof_of(Model(), FP8)
+    assert not proof.holds
+    assert "promised fp8_e4m3" in proof.breaches[0].because
+    assert "but ran in bf16" in proof.breaches[0].because
+
+
+def test_an_output_promised_in_fp8_is_looked_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its numbers are compared, since bf16 holds them."""
+    policy = Policy.parse("castwise: 1\ndefault: p=fp32,c=bf16,o=bf16,r=fp32\n")
+    policy = policy.with_rule(module="solver", precision="o=fp8_e5m2")
+    proof_of(Model(), policy).check()
+    monkeypatch.setattr(Rounding, "_leaf", lambda _self, value: value)
+    kinds = {breach.kind for breach in proof_of(Model(), policy).breaches}
+    assert kinds == {"output"}

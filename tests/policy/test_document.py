@@ -283,6 +283,7 @@ def test_every_field_comes_back_when_it_is_off_its_default() -> None:
         rules=(Rule(**on_module), Rule(**on_op), Rule(**weights), Rule(**stored)),
         loss_scale="static:8",
         storage="stochastic",
+        emulation="refused",
         where="f.yaml",
     )
     back = Policy.parse(policy.to_yaml(), where="f.yaml")

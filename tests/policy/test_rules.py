@@ -144,8 +144,8 @@ def test_an_op_rule_gives_fp32_or_the_low_format_of_the_modules(compute: str) ->
         (MIXED.with_rule(module="a", precision="c=fp16"), "dynamic", "fp16"),
         (
             MIXED.with_rule(module="a", stage="backward", precision="c=fp8_e5m2"),
-            "dynamic",
-            "fp8_e5m2",
+            "none",
+            "fp8 is scaled tensor by tensor",
         ),
         (
             MIXED.with_rule(module="a", phase="predict", precision="c=fp16"),

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
-from itertools import product
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,19 +21,23 @@ from torch import nn
 
 from castwise.dtypes import dtype_of
 from castwise.errors import IslandError
+from castwise.fp8_products import CARRIER, FP8
 from castwise.islands.border import LOW, Border, Island, PhaseNow
 from castwise.islands.crossing import complex_of
-from castwise.islands.facts import floating_buffers, join, shown
+from castwise.islands.facts import floating_buffers, join
 from castwise.islands.layout import Layout, governing_fqn, is_inside, lay_out
+from castwise.islands.refusals import (
+    refuse_island,
+    refuse_policy,
+    refuse_torn_weight,
+)
 from castwise.islands.swap import island_of, make_island, unmake_island
-from castwise.policy.keys import PHASES, STAGES
+from castwise.policy.keys import PHASES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from castwise.policy.bound import BoundPolicy
-
-_EMULATED = ("fp8_e4m3", "fp8_e5m2")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,7 +108,21 @@ class AppliedPolicy:
         around = self.bound.policy.base_precision(phase=self.phase).compute
         inside = (border.compute for _, border in self._borders())
         again = (border.compute for _, border in self._borders(second=True))
-        return next((fmt for fmt in (around, *inside, *again) if fmt in LOW), None)
+        computes = (CARRIER if fmt in FP8 else fmt for fmt in (around, *inside, *again))
+        return next((fmt for fmt in computes if fmt in LOW), None)
+
+    @property
+    def emulated(self) -> tuple[str, ...]:
+        """Formats that modules compute in or hand out, in any phase, by emulation."""
+        borders = (
+            border
+            for island in map(island_of, self.islands.values())
+            if island is not None
+            for border in (*island.borders.values(), *island.second.values())
+            if border is not None
+        )
+        used = {fmt for each in borders for fmt in (each.compute, each.output)}
+        return tuple(fmt for fmt in FP8 if fmt in used)
 
     def _borders(self, *, second: bool = False) -> Iterator[tuple[str, Border]]:
         """Yield the borders of this phase, or those of the second run for backwards."""
@@ -114,7 +131,7 @@ class AppliedPolicy:
             if island is None:
                 continue
             border = island.second_border if second else island.border
-            if border is not None:
+            if border is not None and not border.is_inner:
                 yield fqn, border
 
     def coverage(self) -> str:
@@ -122,7 +139,7 @@ class AppliedPolicy:
 
         For example `3 modules in fp32 inside bf16: embed.norm, head.norm, solver`.
         """
-        around = self.bound.policy.base_precision(phase=self.phase).compute
+        around = str(self.bound.policy.base_precision(phase=self.phase).compute)
         inside, again = defaultdict(list), defaultdict(list)
         for fqn, border in self._borders():
             if fqn or border.compute != around:
@@ -131,11 +148,11 @@ class AppliedPolicy:
             if fqn in self.own_backward:
                 again[border.compute].append(fqn or "the whole model")
         parts = [
-            f"{_count(fqns)} in {compute} inside {around}: {_listed(fqns)}"
+            f"{_count(fqns)} in {_said(compute)} inside {around}: {_listed(fqns)}"
             for compute, fqns in inside.items()
-        ] or [f"no islands: every module in {around}"]
+        ] or [f"no islands: every module in {_said(around)}"]
         parts += [
-            f"backward of {_count(fqns)} in {compute}: {_listed(fqns)}"
+            f"backward of {_count(fqns)} in {_said(compute)}: {_listed(fqns)}"
             for compute, fqns in again.items()
         ]
         return "; ".join(parts)
@@ -180,13 +197,13 @@ def apply_policy(
     Raises:
         IslandError: A module cannot be held as the policy says; nothing was changed.
     """
-    _refuse_what_cannot_be(model, bound)
+    refuse_policy(model, bound)
     layouts = lay_out(model, bound, device_type)
     held = tuple(plan_storage(model, bound))
     now = PhaseNow("full")
     islands = {fqn: model.get_submodule(fqn) for fqn in _island_fqns(layouts)}
     for fqn, module in islands.items():
-        _refuse_impossible_island(fqn, module)
+        refuse_island(fqn, module)
     applied = AppliedPolicy(bound=bound, islands=islands, held=held, now=now)
     applied.phase = phase
     for each in held:
@@ -227,70 +244,6 @@ def _is_run_again(fqn: str, layouts: Mapping[str, Layout]) -> bool:
     )
 
 
-def _refuse_what_cannot_be(model: nn.Module, bound: BoundPolicy) -> None:
-    names: dict[nn.Module, str] = {}
-    for fqn, module in model.named_modules(remove_duplicate=False):
-        if island_of(module) is not None:
-            raise IslandError(
-                f"{shown(fqn)} already has a policy applied; remove() it before "
-                "another one is applied"
-            )
-        first = names.setdefault(module, fqn)
-        if first != fqn:
-            _refuse_two_precisions(bound, first, fqn)
-        _refuse_precision(bound, fqn)
-
-
-def _refuse_two_precisions(bound: BoundPolicy, first: str, fqn: str) -> None:
-    """Refuse a module that the policy treats differently under two of its names."""
-    for phase, stage in product(PHASES, STAGES):
-        one, other = (
-            bound.precision_of(governing_fqn(name), stage=stage, phase=phase)
-            for name in (first, fqn)
-        )
-        if one != other:
-            raise IslandError(
-                f"{shown(first)} and {shown(fqn)} are one module, but get {one} by "
-                f"{_label(bound, first, stage=stage, phase=phase)} and {other} by "
-                f"{_label(bound, fqn, stage=stage, phase=phase)}; give both names one "
-                "precision"
-            )
-
-
-def _refuse_precision(bound: BoundPolicy, fqn: str) -> None:
-    """Refuse formats that eager modules cannot be held in."""
-    for phase in PHASES:
-        forward = bound.precision_of(governing_fqn(fqn), phase=phase)
-        for name in ("param", "compute", "output"):
-            if getattr(forward, name) in _EMULATED:
-                raise IslandError(
-                    f"{shown(fqn)}: {_label(bound, fqn, phase=phase)} gives {forward}, "
-                    f"but an eager module cannot have its {name} in "
-                    f"{getattr(forward, name)}; use bf16 or fp16"
-                )
-
-
-def _label(
-    bound: BoundPolicy, fqn: str, *, stage: str = "forward", phase: str = "full"
-) -> str:
-    """Name what decides for a module, for a message."""
-    rule = bound.rule_of(governing_fqn(fqn), stage=stage, phase=phase)
-    return rule.label if rule else f"the default of {bound.policy.name}"
-
-
-def _refuse_impossible_island(fqn: str, module: nn.Module) -> None:
-    if isinstance(module, torch.jit.ScriptModule):
-        raise IslandError(
-            f"{shown(fqn)} is a ScriptModule, whose forward cannot be wrapped; apply "
-            "the policy before scripting, or leave this module out"
-        )
-    if "forward" in module.__dict__:
-        raise IslandError(
-            f"{shown(fqn)} has a forward patched onto the instance, which would bypass "
-            "the island; remove the patch, or override forward in a class"
-        )
-
-
 def plan_storage(model: nn.Module, bound: BoundPolicy) -> Iterator[HeldTensor]:
     """Yield every weight and buffer whose format must change."""
     owners: dict[torch.Tensor, str] = {}
@@ -301,7 +254,7 @@ def plan_storage(model: nn.Module, bound: BoundPolicy) -> Iterator[HeldTensor]:
             if weight is None:
                 continue
             first = owners.setdefault(weight, fqn)
-            _refuse_torn_weight(bound, join(fqn, name), first, fqn)
+            refuse_torn_weight(bound, join(fqn, name), first, fqn)
             after = _stored_dtype(weight, dtype_of(param))
             if after is not weight.dtype and first == fqn:
                 yield HeldTensor(
@@ -313,17 +266,6 @@ def plan_storage(model: nn.Module, bound: BoundPolicy) -> Iterator[HeldTensor]:
                 yield HeldTensor(
                     owner=module, name=name, before=buffer.dtype, after=after
                 )
-
-
-def _refuse_torn_weight(bound: BoundPolicy, name: str, first: str, fqn: str) -> None:
-    here = bound.precision_of(governing_fqn(fqn))
-    there = bound.precision_of(governing_fqn(first))
-    if here.param != there.param:
-        raise IslandError(
-            f"{shown(first)} and {shown(fqn)} share the weight {name!r}, but hold it "
-            f"in {there.param} by {_label(bound, first)} and in {here.param} by "
-            f"{_label(bound, fqn)}; give both the same p=, and let c= differ"
-        )
 
 
 def _stored_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
@@ -351,6 +293,11 @@ def _buffer_dtype(
         if wanted.itemsize > widest.itemsize:
             widest = wanted
     return widest
+
+
+def _said(compute: str) -> str:
+    """A format as people should read it."""
+    return f"{compute} (emulated in {CARRIER})" if compute in FP8 else compute
 
 
 def _count(fqns: list[str]) -> str:

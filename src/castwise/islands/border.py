@@ -14,7 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from castwise.dtypes import dtype_of
-from castwise.islands.crossing import Crossing, tensors_in
+from castwise.errors import IslandError
+from castwise.fp8_products import CARRIER, FP8, products_in, served
+from castwise.islands.crossing import Crossing, Rounding, tensors_in
+from castwise.islands.eager import out_of_graphs
 from castwise.islands.lending import cast_weights
 from castwise.islands.own_backward import run_with_own_backward
 from castwise.islands.passage import is_second
@@ -28,6 +31,9 @@ if TYPE_CHECKING:
 
 LOW = ("bf16", "fp16")
 """Formats for which autocast chooses by operator; in wider ones nothing is cast."""
+
+# formats that no tensor is computed in -> what holds their numbers
+_HELD_IN = {"tf32": "fp32", **dict.fromkeys(FP8, CARRIER)}
 
 _NOTHING = contextlib.nullcontext()
 
@@ -48,6 +54,12 @@ class Border:
     casts_weights: bool = False
     """Whether weights are held in another format, and are cast for each forward."""
 
+    is_within_fp8: bool = False
+    """Whether an island in fp8 stands around it."""
+
+    is_inner: bool = False
+    """Whether the module around is just the same, so that there is nothing to cast."""
+
     def run(
         self,
         module: nn.Module,
@@ -56,6 +68,20 @@ class Border:
         kwargs: dict[str, Any],
     ) -> Any:
         """Cast in, run the module's own forward inside, cast out."""
+        if self.compute in FP8 or self.output in FP8 or self.is_within_fp8:
+            return run_in_eager_mode(self._run, module, forward, args, kwargs)
+        return self._run(module, forward, args, kwargs)
+
+    def _run(
+        self,
+        module: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        if self.is_inner:
+            with self._operators():
+                return forward(module, *args, **kwargs)
         dtype = self.dtype_inside
         inward = Crossing(dtype)
         args = tuple(map(inward.values, args))
@@ -67,8 +93,12 @@ class Border:
                 with ProductsHold(self.device_type, self._products):
                     outputs = forward(module, *args, **kwargs)
                 self._hold_backward(inward.made, outputs)
-        if self.output is None:
-            return outputs
+        return outputs if self.output is None else self._handed_out(outputs)
+
+    def _handed_out(self, outputs: Any) -> Any:
+        assert self.output is not None
+        if self.output in FP8:
+            return Rounding(self.output).values(outputs)
         return Crossing(dtype_of(self.output)).values(outputs)
 
     @property
@@ -77,15 +107,34 @@ class Border:
             return "ieee"
         return "tf32" if self.compute == "tf32" else None
 
+    @contextlib.contextmanager
+    def _fp8(self) -> Iterator[None]:
+        """Round operands of products as this island says, in bf16."""
+        fmt = self.compute if self.compute in FP8 else None
+        if fmt is not None and self.device_type not in served:
+            raise IslandError(
+                f"products in {fmt} are emulated by the kernels of a region, and none "
+                f"was entered on {self.device_type}; run the model in run.step(), or "
+                "in castwise.autocast.autocast(..., fp8=True)"
+            )
+        with products_in(fmt), self._autocast():
+            yield
+
     def _operators(self) -> contextlib.AbstractContextManager[Any]:
-        if self.compute in LOW:
-            return torch.autocast(self.device_type, dtype=dtype_of(self.compute))
+        if self.compute in FP8 or self.is_within_fp8:
+            return self._fp8()
+        return self._autocast()
+
+    def _autocast(self) -> torch.autocast:
+        low = CARRIER if self.compute in FP8 else self.compute
+        if low in LOW:
+            return torch.autocast(self.device_type, dtype=dtype_of(low))
         return torch.autocast(self.device_type, enabled=False)
 
     @property
     def dtype_inside(self) -> torch.dtype:
-        """What a tensor is held in while operators compute; tf32 lives in fp32."""
-        return dtype_of("fp32" if self.compute == "tf32" else self.compute)
+        """What a tensor is held in while operators compute in a format."""
+        return dtype_of(_HELD_IN.get(self.compute, self.compute))
 
     def weights_cast(
         self, module: nn.Module
@@ -104,6 +153,12 @@ class Border:
             hold.enter_at(output)
         for tensor in cast:
             hold.leave_at(tensor)
+
+
+@out_of_graphs("products in fp8 are emulated (castwise)")
+def run_in_eager_mode(run: Callable[..., Any], *args: Any) -> Any:
+    """Run what cannot be captured."""
+    return run(*args)
 
 
 class PhaseNow:
@@ -183,5 +238,5 @@ def _inhabitants(module: nn.Module) -> Iterator[nn.Module]:
     yield module
     for child in module.children():
         island = island_of(child)
-        if island is None or island.border is None:
+        if island is None or island.border is None or island.border.is_inner:
             yield from _inhabitants(child)

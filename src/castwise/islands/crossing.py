@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from castwise.fp8_products import round_straight_through
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -106,6 +108,25 @@ class Crossing(Walk):
         if seen is not None:
             seen[id(value)] = cast
         return cast
+
+
+class Rounding(Walk):
+    """Rounds what leaves an island to a format in which no tensor is computed with.
+
+    Args:
+        fmt: `fp8_e4m3` or `fp8_e5m2`; the numbers are held in bf16.
+    """
+
+    __slots__ = ("_fmt",)
+
+    def __init__(self, fmt: str) -> None:
+        super().__init__()
+        self._fmt = fmt
+
+    def _leaf(self, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return round_straight_through(value, self._fmt)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from castwise.fp8_products import FP8
 from castwise.islands.border import LOW, Border
 from castwise.policy.keys import PHASES
 
@@ -115,6 +116,8 @@ def _borders(
             output=None if fqn in turned else _handed_out(own, outside),
             device_type=device_type,
             casts_weights=any(map(_weights_need_a_cast, (own, *others))),
+            is_within_fp8=outside.compute in FP8,
+            is_inner=bool(fqn) and fqn not in turned and not _differs(own, outside),
         )
     return borders
 
@@ -136,7 +139,10 @@ def _insides(
         above = fqn.rpartition(".")[0]
         outside = around[above] if fqn else default
         needs_border = (
-            _differs(own, outside) or (not fqn and _is_pure(own)) or fqn in turned
+            _differs(own, outside)
+            or (not fqn and _is_pure(own))
+            or fqn in turned
+            or own.compute in FP8  # each of them, so that it can be recomputed alone
         )
         around[fqn] = own if _has_forward(module) else outside
         homes[fqn] = homes[above] if fqn else None
@@ -163,7 +169,8 @@ def _handed_out(own: Precision, outside: Precision) -> str:
     fp64, so there it is handed over in fp32.
     """
     assert own.output is not None
-    return "fp32" if own.output == "fp64" and outside.compute in LOW else own.output
+    is_low = outside.compute in (*LOW, *FP8)
+    return "fp32" if own.output == "fp64" and is_low else own.output
 
 
 def _differs(own: Precision, around: Precision) -> bool:
@@ -178,5 +185,5 @@ def _is_pure(precision: Precision) -> bool:
 def _weights_need_a_cast(precision: Precision) -> bool:
     """Whether neither the storage nor autocast brings weights to `compute`."""
     inside = "fp32" if precision.compute == "tf32" else precision.compute
-    autocasts = precision.compute in LOW and precision.param != "fp64"
+    autocasts = precision.compute in (*LOW, *FP8) and precision.param != "fp64"
     return precision.param != inside and not autocasts

@@ -25,11 +25,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._C._dynamo import eval_frame
 
 from castwise.errors import IslandError
 from castwise.islands.crossing import PutBack, TakeOut, complex_of
 from castwise.islands.draws import RandomStates, Record, Replay
+from castwise.islands.eager import out_of_graphs
 from castwise.islands.facts import shown
 from castwise.islands.lending import Slots, lent, lock, slots_of
 from castwise.islands.passage import passing
@@ -49,6 +49,7 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 """An output of the second run, and the gradient that arrived for it."""
 
 
+@out_of_graphs("the module has a backward in a precision of its own (castwise)")
 def run_with_own_backward(
     island: Island,
     module: nn.Module,
@@ -70,21 +71,6 @@ def run_with_own_backward(
         return island.run_inside(module, forward, args, kwargs)
     flat = _OwnBackward.apply(call, args, kwargs, *tensors)  # type: ignore[no-untyped-call]
     return PutBack(flat).values(call.outputs)
-
-
-# Dynamo cannot capture a backward that differentiates. It leaves these calls out of its
-# graphs, and captures nothing inside of them; marked so, it need not be loaded.
-run_with_own_backward._torchdynamo_disable = True  # type: ignore[attr-defined]  # noqa: SLF001 -- what torch.compiler.disable sets
-run_with_own_backward._torchdynamo_disable_msg = (  # type: ignore[attr-defined]  # noqa: SLF001 -- as above
-    "the module has a backward in a precision of its own (castwise)"
-)
-eval_frame.set_code_exec_strategy(
-    run_with_own_backward.__code__,
-    eval_frame._FrameExecStrategy(  # noqa: SLF001 -- the public ways load Dynamo
-        eval_frame._FrameAction.SKIP,  # noqa: SLF001 -- as above
-        eval_frame._FrameAction.SKIP,  # noqa: SLF001 -- as above
-    ),
-)
 
 
 class _OwnBackward(torch.autograd.Function):

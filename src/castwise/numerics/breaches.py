@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from castwise.dtypes import dtype_of
+from castwise.fp8_products import CARRIER, FP8, is_rounded
 from castwise.islands import AppliedPolicy
 from castwise.islands.crossing import tensors_in
 from castwise.islands.facts import join
@@ -170,7 +171,8 @@ def watch_outputs(applied: AppliedPolicy, found: list[Breach]) -> list[Any]:
         module.register_forward_hook(_OutputWatch(applied, fqn, found))
         for fqn, module in applied.islands.items()
         if (island := island_of(module)) is not None
-        and island.borders[applied.phase] is not None
+        and (border := island.borders[applied.phase]) is not None
+        and not border.is_inner
     ]
 
 
@@ -184,12 +186,15 @@ class _OutputWatch:
         # A low region multiplies no fp64, so there it is handed over in fp32.
         narrowed = {"fp64": ("fp64", "fp32"), "tf32": ("fp32",)}
         self._allowed = narrowed.get(output, (output,))
+        self._is_emulated = output in FP8
 
     def __call__(self, _module: nn.Module, _args: Any, outputs: Any) -> None:
         if is_second():  # what it hands out then, its surroundings differentiate
             return
         for tensor in tensors_in(outputs):
             fmt = format_name(tensor.dtype)
+            if self._is_emulated and fmt == CARRIER:
+                fmt = self._output if is_rounded(tensor, self._output) else fmt
             if tensor.is_floating_point() and fmt not in self._allowed:
                 self._found.append(
                     Breach(

@@ -26,6 +26,7 @@ from torch import nn
 
 from castwise.dtypes import dtype_of
 from castwise.errors import ContractError
+from castwise.fp8_products import CARRIER, FP8
 from castwise.islands import AppliedPolicy, apply_policy, module_facts
 from castwise.numerics.breaches import (
     Breach,
@@ -140,6 +141,9 @@ class Contract:
                 if amount
             )
             parts.append(f"products {shares} of {scaled(total)}flop")
+        emulated = [fmt for fmt in FP8 if flops[fmt]]
+        if emulated:
+            parts.append(f"{' and '.join(emulated)} emulated in {CARRIER}")
         in_graph = sum(run.num_calls for run in self.operators if run.in_graph)
         if in_graph:
             parts.append(f"{in_graph} of them in captured graphs")

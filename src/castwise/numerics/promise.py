@@ -8,6 +8,11 @@ module that computes low, the operator table promises:
     widest   all floating inputs have one format
     as_is    formats that the policy, the batch or the weights brought in, no others
 
+Products of a module in fp8 are promised operands that are numbers of that format, with
+a scale for each tensor; gradients meet them in fp8_e5m2. Since they are emulated, and
+held in bf16, their numbers are looked at. Its other operators are promised what a bf16
+module is.
+
 A backward operator is promised the format of the operator that it differentiates. Where
 a rule gives the backward of a module a compute format of its own, that holds instead,
 for the backward operators and for all that the module computes again for them. What an
@@ -23,16 +28,17 @@ from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Literal
 
+from castwise.fp8_products import CARRIER, FP8, GRADIENT
 from castwise.islands.border import LOW
 from castwise.islands.layout import governing_fqn
 from castwise.numerics.operator_call import CAST, OperatorCall
-from castwise.policy.ops import operator_name
+from castwise.policy.ops import FP8_PRODUCTS, operator_name
 
 if TYPE_CHECKING:
     from castwise.numerics.call_site import CallSite
     from castwise.policy.bound import BoundPolicy
 
-Kind = Literal["exact", "low", "one", "inputs", "undecided"]
+Kind = Literal["exact", "fp8", "low", "one", "inputs", "undecided"]
 """How a promise is judged: see the categories above; `exact` is fp32 or an island's."""
 
 PolicyStage = Literal["forward", "backward"]
@@ -63,6 +69,8 @@ HAND_CASTS = frozenset(
 """Names by which a source changes formats itself."""
 
 _REAL = {"complex32": "fp16", "complex64": "fp32", "complex128": "fp64"}
+
+_HANDED_OUT_IN = {"tf32": "fp32", **dict.fromkeys(FP8, CARRIER)}
 
 # An operator that PyTorch reaches from inside, or a function around one, as the table
 # knows it; those of `policy.ops.OUTER_OPERATORS` come on top.
@@ -169,7 +177,7 @@ class Promises:
     ) -> Promise:
         """Look up what was promised for the backward of a call in a forward."""
         forward = self.forward(call, site, in_place=in_place, stage="backward")
-        if forward.kind in {"exact", "low", "inputs"}:
+        if forward.kind in {"exact", "fp8", "low", "inputs"}:
             return forward
         place: _Place = site.module, "backward"
         return self._free(place, "it differentiates what stays as it is")
@@ -206,6 +214,7 @@ class Promises:
             )
         kept = {
             "exact": ran == {promise.format},
+            "fp8": ran <= {promise.format, GRADIENT} if call.num_flops else True,
             "low": self._kept_low(call, ran, promise.format),
             "one": len(ran) == 1,
             "inputs": ran <= self._allowed_in(site.module),
@@ -216,7 +225,7 @@ class Promises:
 
     def compute_of(self, module: str | None) -> str:
         """The compute format of a module; of the surroundings outside of the model."""
-        return self._compute((module, "forward"))
+        return self._asked((module, "forward"))
 
     def _promise(
         self, place: _Place, op: str, named: str | None, is_product: bool
@@ -229,6 +238,11 @@ class Promises:
         entry = next((name for name in entries if self._table.entry(name)), None)
         if entry is None:
             return self._without_entry(place, op, is_product)
+        asked = self._asked(place)
+        is_low = self._table.category(entry) == "low"
+        if asked in FP8 and entry in FP8_PRODUCTS and is_low:
+            by = f"{self._reason(place)}; emulated in {compute}"
+            return Promise(kind="fp8", format=asked, by=by)
         return self._by_table(place, entry, compute)
 
     def _without_entry(self, place: _Place, op: str, is_product: bool) -> Promise:
@@ -276,6 +290,11 @@ class Promises:
         return bare if self._table.entry(bare) else _INSIDE.get(bare, bare)
 
     def _compute(self, place: _Place) -> str:
+        """What operators of a module run in; bf16 where it emulates fp8."""
+        asked = self._asked(place)
+        return CARRIER if asked in FP8 else asked
+
+    def _asked(self, place: _Place) -> str:
         if place not in self._computes:
             self._computes[place] = self._compute_by_policy(*place)
         return self._computes[place]
@@ -296,7 +315,7 @@ class Promises:
         if module is not None:
             fqn = governing_fqn(module)
             rule = self._bound.rule_of(fqn, stage=stage, phase=self._phase)
-        compute = self._compute(place)
+        compute = self._asked(place)
         if rule is None:
             return f"the default of {self._bound.policy.name} (c={compute})"
         because = f", because {rule.because}" if rule.because else ""
@@ -308,7 +327,7 @@ class Promises:
         for fqn, stage in product(self._bound.governing, _STAGES):
             precision = self._bound.precision_of(fqn, stage=stage, phase=self._phase)
             assert precision.output is not None
-            found.add("fp32" if precision.output == "tf32" else precision.output)
+            found.add(_HANDED_OUT_IN.get(precision.output, precision.output))
         return frozenset(found)
 
     def _allowed_in(self, module: str | None) -> frozenset[str]:

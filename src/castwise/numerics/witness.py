@@ -19,6 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import FunctionCtx
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from castwise.dtypes import dtype_of
+from castwise.fp8_products import CARRIER, GRADIENT, is_rounded, multiplied
 from castwise.islands.passage import is_second, number_now
 from castwise.numerics.call_site import CallSite, CallSites
 from castwise.numerics.operator_call import (
@@ -95,6 +97,7 @@ class Witness(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # by the passage and the node's number, which begins anew in each thread
         self._origins: dict[tuple[int, int], _Origin] = {}
         self._found: dict[tuple[Any, ...], list[int]] = {}
+        self._operands: list[Any] = []  # of the call that is being seen
         self.storages_read: set[int] = set()
         """Addresses of what forward operators read."""
         self.hidden: dict[str, CallSite] = {}
@@ -162,6 +165,9 @@ class Witness(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if any(isinstance(tensor, FakeTensor) for tensor in tensors):
             return  # a graph is being captured, nothing runs
         call = describe(called, args, kwargs, result)
+        self._operands = [
+            args[at] for at in multiplied(called).values() if at < len(args)
+        ]
         stage = stage_now()
         if stage == "backward":
             if call is not None:
@@ -220,6 +226,9 @@ class Witness(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _record(
         self, call: OperatorCall, site: CallSite, promise: Promise, stage: Stage
     ) -> None:
+        if promise.kind == "fp8" and call.num_flops:
+            meant = (promise.format, *((GRADIENT,) if stage == "backward" else ()))
+            call = _by_numbers(call, self._operands, meant[::-1])
         # The casts of a backward are those of the forward turned round.
         fault = None
         if stage != "backward" or call.op != CAST:
@@ -237,6 +246,19 @@ class Witness(TorchDispatchMode):  # type: ignore[no-untyped-call]
         amounts = self._found.setdefault(key, [0, 0, 0])
         for index, amount in enumerate((1, call.num_flops, call.num_bytes)):
             amounts[index] += amount
+
+
+def _by_numbers(
+    call: OperatorCall, operands: list[Any], formats: tuple[str, ...]
+) -> OperatorCall:
+    """A product of numbers in fp8, if it is one: emulated, so held in bf16."""
+    found: dict[str, None] = {}
+    for tensor in _tensors(operands):
+        kind = next((fmt for fmt in formats if is_rounded(tensor, fmt)), None)
+        if kind is None or tensor.dtype is not dtype_of(CARRIER):
+            return call
+        found[kind] = None
+    return replace(call, formats=tuple(found))
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

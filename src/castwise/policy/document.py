@@ -30,7 +30,7 @@ from castwise.errors import (
     RuleError,
     StorageError,
 )
-from castwise.policy.keys import STORAGES, Rule
+from castwise.policy.keys import EMULATIONS, STORAGES, Rule
 from castwise.policy.precision import AS_IS, SURROUNDINGS, Precision
 from castwise.wording import did_you_mean, shown
 
@@ -52,6 +52,7 @@ POLICY_KEYS: Mapping[str, str] = {
     "default": "precision of every module that no rule governs",
     "loss_scale": "none, dynamic or static:<number>; decided when absent",
     "storage": f"of 16-bit weights: {', '.join(STORAGES)}; decided when absent",
+    "emulation": f"of fp8: {', '.join(EMULATIONS)}; {EMULATIONS[0]} when absent",
     "rules": "ordered; the first rule that matches wins",
 }
 """The keys of a policy file and what they mean."""
@@ -85,6 +86,9 @@ class PolicyDocument:
 
     storage: str | None = None
     """The text under `storage`."""
+
+    emulation: str | None = None
+    """The text under `emulation`."""
 
     rules: tuple[Rule, ...] = ()
     """The rules in their order, each knowing its line."""
@@ -147,6 +151,7 @@ def read_document(text: str, where: str) -> PolicyDocument:
         default=entries["default"].precision(),
         loss_scale=_loss_scale(entries.get("loss_scale")),
         storage=_storage(entries.get("storage")),
+        emulation=_emulation(entries.get("emulation")),
         rules=tuple(_read_rule(item) for item in listed),
     )
 
@@ -161,6 +166,8 @@ def write_document(document: PolicyDocument) -> str:
         tree["loss_scale"] = document.loss_scale
     if document.storage is not None:
         tree["storage"] = document.storage
+    if document.emulation is not None:
+        tree["emulation"] = document.emulation
     if document.rules:
         tree["rules"] = [_rule_tree(rule) for rule in document.rules]
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=1 << 20)
@@ -217,6 +224,13 @@ def _storage(place: _Place | None) -> str | None:
     return place.text()
 
 
+def _emulation(place: _Place | None) -> str | None:
+    if place is None:
+        return None
+    check_emulation(place.text(), str(place))
+    return place.text()
+
+
 def check_name(text: str, where: str) -> None:
     """Refuse a name that would not survive a log line or a file."""
     if not text or not text.isprintable() or text != text.strip():
@@ -242,6 +256,15 @@ def check_storage(text: str, where: str) -> None:
         raise PolicyDocumentError(
             f"{where}: storage needs one of {', '.join(STORAGES)}, got {shown(text)}"
             f"{did_you_mean(text, STORAGES)}; leave it out to let castwise decide"
+        )
+
+
+def check_emulation(text: str, where: str) -> None:
+    """Refuse an answer to emulation that there is none of."""
+    if text not in EMULATIONS:
+        raise PolicyDocumentError(
+            f"{where}: emulation needs one of {', '.join(EMULATIONS)}, got "
+            f"{shown(text)}{did_you_mean(text, EMULATIONS)}"
         )
 
 

@@ -43,6 +43,9 @@ PHASES_WITH_BACKWARD = ("warmup", "full", "correct")
 STORAGES = ("master", "split", "split8", "kahan", "stochastic", "plain")
 """Where the bits of a weight go that 16 do not hold: see `optim/storage.py`."""
 
+EMULATIONS = ("allowed", "refused")
+"""Whether fp8 may be computed by rounding and bf16, where a device lacks it."""
+
 REGEX_MARK = "re:"
 """What a module key begins with when the rest is a regular expression."""
 

@@ -51,6 +51,33 @@ OUTER_OPERATORS = {
 """An operator that PyTorch reaches from inside -> the one that people name."""
 
 
+FP8_PRODUCTS = frozenset(
+    {
+        "_addmm_activation",
+        "_convolution",
+        "addbmm",
+        "addmm",
+        "addmv",
+        "baddbmm",
+        "bmm",
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "conv_transpose1d",
+        "conv_transpose2d",
+        "conv_transpose3d",
+        "convolution",
+        "einsum",
+        "linear",
+        "matmul",
+        "mm",
+        "mv",
+    }
+)
+"""Products that run in fp8 in a module that computes in it; its other low operators,
+such as recurrent layers and fused attention, run in bf16."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OperatorEntry:
     """One operator, its category and the reason."""

@@ -26,6 +26,7 @@ from castwise.formats import FORMATS
 from castwise.policy.bound import BoundPolicy, bind_rules, first_rule
 from castwise.policy.document import (
     PolicyDocument,
+    check_emulation,
     check_loss_scale,
     check_name,
     check_storage,
@@ -34,6 +35,7 @@ from castwise.policy.document import (
     write_document,
 )
 from castwise.policy.keys import (
+    EMULATIONS,
     PHASES_WITH_BACKWARD,
     ModuleFacts,
     Rule,
@@ -65,11 +67,15 @@ class Policy:
     storage: str | None = None
     """One of `STORAGES`, for 16-bit weights; `None` leaves the choice to castwise."""
 
+    emulation: str = EMULATIONS[0]
+    """`allowed` or `refused`: whether fp8 may be emulated where a device lacks it."""
+
     where: str = field(default="", compare=False)
     """The file it came from; takes no part in equality."""
 
     def __post_init__(self) -> None:
         check_name(self.name, self.where or "policy")
+        check_emulation(self.emulation, self.where or "policy")
         if self.storage is not None:
             check_storage(self.storage, self.where or "policy")
         if self.loss_scale is not None:
@@ -106,6 +112,7 @@ class Policy:
                 rules=self.rules,
                 loss_scale=self.loss_scale,
                 storage=self.storage,
+                emulation=None if self.emulation == EMULATIONS[0] else self.emulation,
             )
         )
 
@@ -124,6 +131,10 @@ class Policy:
     def with_storage(self, storage: str | None) -> Policy:
         """Return a policy with another storage of 16-bit weights."""
         return replace(self, storage=storage)
+
+    def with_emulation(self, emulation: str) -> Policy:
+        """Return a policy that allows or refuses to emulate fp8."""
+        return replace(self, emulation=emulation)
 
     def with_rule(
         self,
@@ -238,7 +249,10 @@ class Policy:
                         f"gradients below {FORMATS[narrow].smallest_subnormal:.1e} "
                         "would vanish",
                     )
-        return Decision("none", "every backward runs in the exponent range of fp32")
+        because = "every backward runs in the exponent range of fp32"
+        if any(map(_is_fp8, (self.default, *(r.precision for r in self.rules)))):
+            because += "; fp8 is scaled tensor by tensor"
+        return Decision("none", because)
 
     def _category(self, rule: Rule) -> Category:
         """Say in the words of the operator table what an op rule asks for."""
@@ -251,7 +265,7 @@ class Policy:
             return "fp32"
         on_modules = (r for r in self.rules if r.op is None)
         computes = {self.default.compute, *(r.precision.compute for r in on_modules)}
-        low = {name for name in computes if name in _LOW}
+        low = {_LOW[name] for name in computes if name in _LOW}
         if low == {asked}:
             return "low"
         raise RuleError(
@@ -261,7 +275,8 @@ class Policy:
         )
 
 
-_LOW = ("bf16", "fp16")  # what a region of autocast can be low in
+# formats of modules -> the low format that their operators run in
+_LOW = {"bf16": "bf16", "fp16": "fp16", "fp8_e4m3": "bf16", "fp8_e5m2": "bf16"}
 
 
 def _precision(value: Precision | str) -> Precision:
@@ -274,14 +289,25 @@ def _caller() -> str:
     return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
 
 
+def _is_fp8(precision: Precision) -> bool:
+    """Whether operators or outputs are in a format of 8 bits."""
+    names = (precision.compute, precision.output)
+    return any(name is not None and FORMATS[name].bits == 8 for name in names)
+
+
 def _narrow_range(precision: Precision) -> str | None:
-    """Return a format of the precision that has fewer exponent bits than fp32."""
+    """Return a format of the precision that has fewer exponent bits than fp32.
+
+    Not fp8, which is scaled tensor by tensor.
+    """
     names = (precision.compute, precision.output, precision.param)
     return next(
         (
             name
             for name in names
-            if name and FORMATS[name].exponent_bits < FORMATS["fp32"].exponent_bits
+            if name
+            and FORMATS[name].bits > 8
+            and FORMATS[name].exponent_bits < FORMATS["fp32"].exponent_bits
         ),
         None,
     )

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from castwise.formats import FORMATS
 from castwise.policy.document import POLICY_KEYS, RULE_KEYS, VERSION
-from castwise.policy.keys import PHASES, STAGES, STORAGES
+from castwise.policy.keys import EMULATIONS, PHASES, STAGES, STORAGES
 from castwise.policy.ops import Category
 from castwise.policy.precision import AS_IS, SHORT_KEYS
 
@@ -34,6 +34,7 @@ def json_schema() -> dict[str, Any]:
                     "pattern": r"^(none|dynamic|static:.+)$",
                 },
                 "storage": {"enum": list(STORAGES)},
+                "emulation": {"enum": list(EMULATIONS)},
                 "rules": {"type": "array", "items": _rule()},
             },
         ),

@@ -11,6 +11,7 @@ import torch
 from castwise.decision import Decision
 from castwise.dtypes import format_of
 from castwise.errors import FormatError
+from castwise.fitting import emulated
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -54,6 +55,11 @@ class PrecisionInForce:
     loss_scale: Decision[str]
     """The kind of loss scale, and why."""
 
+    @property
+    def emulated(self) -> tuple[Decision[str], ...]:
+        """The formats that are computed by emulation, and how."""
+        return emulated(self.effective)
+
     def summary(self) -> str:
         """One line for a log."""
         held = ", ".join(f"{n:,} in {fmt}" for fmt, n in self.parameters.items())
@@ -64,6 +70,7 @@ class PrecisionInForce:
             f"loss scale {self.loss_scale}",
         ]
         lines[2:2] = [f"stored as {decision}" for decision in self.storage]
+        lines.extend(f"emulation: {decision}" for decision in self.emulated)
         lines.extend(f"fallback: {decision}" for decision in self.fallbacks)
         return "; ".join(lines)
 
