@@ -10,10 +10,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+        validate_function as validate_function,
+    )
     from castwise.checkpoints import CheckpointShelf as CheckpointShelf
     from castwise.checkpoints import load_checkpoint as load_checkpoint
     from castwise.checkpoints import save_checkpoint as save_checkpoint
     from castwise.decision import Decision as Decision
+    from castwise.distributed.replication import replicate as replicate
+    from castwise.distributed.sharding import Sharding as Sharding
+    from castwise.distributed.sharding import shard as shard
     from castwise.errors import CastwiseError as CastwiseError
     from castwise.hybrid.hybrid_trainer import HybridTrainer as HybridTrainer
     from castwise.integrations.grad_scaler import GradScaler as GradScaler
@@ -42,8 +47,6 @@ if TYPE_CHECKING:
     from castwise.numerics.validate import Validation as Validation
     from castwise.numerics.validate import validate as validate
     from castwise.numerics.validate_function import (
-        validate_function as validate_function,
-    )
     from castwise.numerics.watch import WatchSchedule as WatchSchedule
     from castwise.numerics.watch import watch as watch
     from castwise.optim import hold_weights as hold_weights
@@ -90,6 +93,7 @@ _ROOMS = {
     "SearchSettings": "castwise.numerics.search",
     "Sentinel": "castwise.training.sentinel",
     "SentinelSettings": "castwise.training.sentinel",
+    "Sharding": "castwise.distributed.sharding",
     "Skipped": "castwise.training.step",
     "StaticScale": "castwise.loss_scale",
     "Stepped": "castwise.training.step",
@@ -105,11 +109,13 @@ _ROOMS = {
     "observe": "castwise.numerics.census",
     "prepare": "castwise.training.step",
     "preset": "castwise.policy",
+    "replicate": "castwise.distributed.replication",
     "resolvent_diagonal": "castwise.layers.resolvent",
     "round_nearest": "castwise.rounding",
     "round_stochastic": "castwise.rounding",
     "save_checkpoint": "castwise.checkpoints",
     "search": "castwise.numerics.search",
+    "shard": "castwise.distributed.sharding",
     "validate": "castwise.numerics.validate",
     "validate_function": "castwise.numerics.validate_function",
     "watch": "castwise.numerics.watch",
