@@ -10,8 +10,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-        validate_function as validate_function,
-    )
     from castwise.checkpoints import CheckpointShelf as CheckpointShelf
     from castwise.checkpoints import load_checkpoint as load_checkpoint
     from castwise.checkpoints import save_checkpoint as save_checkpoint
@@ -47,6 +45,8 @@ if TYPE_CHECKING:
     from castwise.numerics.validate import Validation as Validation
     from castwise.numerics.validate import validate as validate
     from castwise.numerics.validate_function import (
+        validate_function as validate_function,
+    )
     from castwise.numerics.watch import WatchSchedule as WatchSchedule
     from castwise.numerics.watch import watch as watch
     from castwise.optim import hold_weights as hold_weights
