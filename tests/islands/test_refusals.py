@@ -8,7 +8,10 @@ from torch import nn
 
 import castwise as cw
 from castwise.errors import IslandError, RuleError
+from castwise.integrations.hosted import HostedPolicy
+from castwise.integrations.model_border import BorderedModel
 from castwise.islands import apply_policy, module_facts
+from castwise.loss_scale import NoScale
 from castwise.policy.rules import Policy
 
 HEAD = "castwise: 1\ndefault: p=fp32,c=bf16,o=bf16,r=fp32\n"
@@ -91,6 +94,15 @@ def test_an_unknown_operator_names_its_line_and_what_was_meant(way: str) -> None
                 step.backward(target(batch[0]).sum())
         else:
             cw.contract(target, [batch], nn.functional.mse_loss, policy)
+
+
+def test_a_guest_refuses_a_backward_of_the_whole_model() -> None:
+    """In another loop the loss scale enters at the root; the model is left alone."""
+    policy = read("  - stage: backward\n    precision: fp64\n")
+    target = model()
+    with pytest.raises(IslandError, match="the whole model has a backward of its own"):
+        BorderedModel(target, HostedPolicy(policy), torch.device("cpu"), NoScale())
+    assert type(target) is nn.Sequential
 
 
 UPDATES = [

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from castwise.errors import StepError
+from castwise.errors import IslandError, StepError
 from castwise.integrations.hosted import HostedPolicy
 from castwise.islands.border import Border, Island, PhaseNow
 from castwise.islands.crossing import Crossing
@@ -126,6 +126,12 @@ class BorderedModel:
     def _surround(self, device_type: str) -> None:
         """Make the root an island whose border enters the region."""
         own = island_of(self.model)
+        if own is not None and own.own_backward:
+            self.remove()
+            raise IslandError(
+                "the whole model has a backward of its own, which only castwise's own "
+                "loop can surround; give the rule of that stage a module"
+            )
         policy = self.hosted.effective
         scale = None if isinstance(self.loss_scale, NoScale) else self.loss_scale
         borders: dict[str, Border | None] = {}
@@ -257,11 +263,10 @@ class _Scaling(Crossing):
         super().__init__(torch.float32)
         self._loss_scale = loss_scale
 
-    def _tensor(self, tensor: torch.Tensor) -> torch.Tensor:
-        if not tensor.requires_grad:
-            return tensor
-        scaled: torch.Tensor = _ScaleGradient.apply(tensor, self._loss_scale)  # type: ignore[no-untyped-call]
-        return scaled
+    def _leaf(self, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or not value.requires_grad:
+            return value
+        return _ScaleGradient.apply(value, self._loss_scale)  # type: ignore[no-untyped-call]
 
 
 class _ScaleGradient(torch.autograd.Function):
