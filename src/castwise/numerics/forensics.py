@@ -95,7 +95,7 @@ class NonFiniteOperator:
         return f"{self.op}{of} ({place}) {self._what()}"
 
     def _what(self) -> str:
-        values = ", ".join(f"{value:.6g}" for value in self.values)
+        values = ", ".join(f"{value + 0.0:.6g}" for value in self.values)
         given = values or f"operands up to {self.largest_input:.6g}"
         if not self.inputs_finite:
             return f"made {self.made} of what {self.source or 'it was fed'} held"

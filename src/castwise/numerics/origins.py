@@ -13,6 +13,7 @@ stood there all along.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -25,7 +26,13 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from castwise.numerics.call_site import CallSite, CallSites, is_users, shown_file
-from castwise.numerics.operator_call import Stage, format_name, is_view, stage_now
+from castwise.numerics.operator_call import (
+    CAST,
+    Stage,
+    format_name,
+    is_view,
+    stage_now,
+)
 from castwise.numerics.watched_call import (
     WatchedCall,
     has_nan,
@@ -36,6 +43,8 @@ from castwise.numerics.watched_call import (
 from castwise.numerics.witness import address
 
 Kind = Literal["overflow", "underflow", "nan"]
+
+_HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -235,7 +244,9 @@ class Origins(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return None, self._here()
         number = node._sequence_nr()  # noqa: SLF001 -- as above
         name = node.name().rstrip("0123456789").removesuffix("Backward")
-        return name[:1].lower() + name[1:], self._forward.get(number) or self._here()
+        name = _HUMP.sub("_", name).lower()
+        op = CAST if name == "to_copy" else name
+        return op, self._forward.get(number) or self._here()
 
     def _source(self, call: WatchedCall) -> str | None:
         """What the first operand that is not finite is; none for another's result."""

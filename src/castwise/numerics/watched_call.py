@@ -6,6 +6,7 @@ it otherwise. Operands never written to, as `empty` returns them, do not count.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ _ZERO_BY_RANGE = frozenset({"exp", "exp2", "sigmoid", "softmax"})
 _ZERO_OF_NONZERO = frozenset({"cast", "div", "mul", "pow", "reciprocal"})
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass(kw_only=True)
 class WatchedCall:
     """A call that runs now, or has run."""
 
@@ -49,8 +50,8 @@ class WatchedCall:
     read: list[torch.Tensor]
     """Floating operands whose contents count."""
 
-    bad_read: list[torch.Tensor]
-    """Those that are not finite; known when the call is closed."""
+    overwritten: list[torch.Tensor] | None
+    """Those that were not finite before they were written over; none if none were."""
 
     name: str = ""
     """ATen name without overload, as the operator table spells it, or `cast`."""
@@ -73,9 +74,9 @@ class WatchedCall:
             for each in floating((counted, kwargs))
             if address(each) not in unwritten
         ]
-        bad_read, before = [], (args, kwargs)
+        overwritten, before = None, (args, kwargs)
         if func._schema.is_mutable:  # noqa: SLF001 -- the schema has no public name
-            bad_read = [each for each in read if not is_finite(each)]
+            overwritten = [each for each in read if not is_finite(each)]
             before = tree_map(_copied, before)
         return cls(
             func=func,
@@ -83,7 +84,7 @@ class WatchedCall:
             kwargs=before[1],
             given=(args, kwargs),
             read=read,
-            bad_read=bad_read,
+            overwritten=overwritten,
         )
 
     def close(self, result: Any) -> None:
@@ -92,8 +93,13 @@ class WatchedCall:
         name = described.op if described else _bare_name(self.func)
         self.name = name.removesuffix("_") or name
         self.written = _written(self.func, *self.given, result)
-        if not self.func._schema.is_mutable:  # noqa: SLF001 -- as above
-            self.bad_read = [each for each in self.read if not is_finite(each)]
+
+    @functools.cached_property
+    def bad_read(self) -> list[torch.Tensor]:
+        """The operands that are not finite; asked when a result is not."""
+        if self.overwritten is not None:
+            return self.overwritten
+        return [each for each in self.read if not is_finite(each)]
 
     @property
     def is_unwritten(self) -> bool:
