@@ -20,6 +20,7 @@ The loss must be a function of its batch: it is computed again after a rollback.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, final
@@ -222,8 +223,9 @@ class Sentinel:
         for module, error in self.errors.items():
             if module not in promoted:
                 if error > limit:
-                    because = f"its output is off by {error:.3g}, the line is {limit:g}"
-                    self._promote(module, because)
+                    off = f"off by {error:.3g}, the line is {limit:g}"
+                    how = off if error < math.inf else "not finite, and finite in fp32"
+                    self._promote(module, f"its output is {how}")
                 continue
             is_calm = error < limit * self._settings.calm_share
             self._calm[module] = self._calm.get(module, 0) + 1 if is_calm else 0

@@ -99,6 +99,12 @@ CHANGES = (
     type=click.Path(path_type=Path),
     help="Folder that caches puzzles.  [default: the user's cache]",
 )
+@click.option(
+    "--watch",
+    type=click.IntRange(min=1),
+    metavar="STEPS",
+    help="Count weights, gradients and outputs by exponent every so many steps.",
+)
 def train(**flags: Any) -> int:
     """Train a KenKen solver on puzzles that are made on the spot."""
     from castwise.recipes.kenken import recipe
@@ -134,6 +140,7 @@ def train(**flags: Any) -> int:
             keep_last=flags["keep_last"],
             num_threads=flags["threads"],
             data=flags["data"],
+            watch_every=flags["watch"],
         ),
     )
 

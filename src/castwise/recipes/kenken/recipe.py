@@ -42,6 +42,7 @@ from castwise.recipes.optimizer_choice import (
     decay_groups,
 )
 from castwise.recipes.precision_choice import PrecisionChoice
+from castwise.recipes.watch_story import journaled_watch
 from castwise.training.averages import Averages, ExponentialAverage, NoAverages
 from castwise.training.display import open_display
 from castwise.training.journal import Journal
@@ -80,6 +81,9 @@ class Place:
 
     data: Path | None
     """Folder that caches puzzles, or None for the user's cache."""
+
+    watch_every: int | None = None
+    """Steps between two looks at the numbers, or None for no look."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,6 +143,17 @@ def train(
     with ExitStack() as stack:
         supply = _open_supply(plan, place, console)
         built = _build(plan, supply, folder, shelf, stack, console)
+        if place.watch_every is not None:
+            stack.enter_context(
+                journaled_watch(
+                    built.run,
+                    built.journal,
+                    every=place.watch_every,
+                    first_step=0
+                    if plan.tree is None
+                    else plan.tree["position"]["step"],
+                )
+            )
         for line in closing.opening_lines(built.facts, folder):
             console.print(line, highlight=False, soft_wrap=True)
         result = built.trainer.fit()
@@ -289,6 +304,12 @@ class Built:
     facts: Mapping[str, Any]
     """What stands in checkpoints and in the report."""
 
+    run: Run
+    """The prepared model."""
+
+    journal: Journal
+    """Where every line of evidence goes."""
+
 
 def _build(
     plan: Plan,
@@ -355,7 +376,14 @@ def _build(
     if plan.tree is not None:
         _tell_changes(plan.tree["facts"], facts, console)
         trainer.resume(plan.tree)
-    return Built(trainer=trainer, task=task, averages=averages, facts=facts)
+    return Built(
+        trainer=trainer,
+        task=task,
+        averages=averages,
+        facts=facts,
+        run=run,
+        journal=journal,
+    )
 
 
 def _census(run: Run, task: KenKenTask) -> FormatCensus:

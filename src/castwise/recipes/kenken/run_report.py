@@ -23,6 +23,7 @@ from castwise.recipes.kenken.settings import KenKenSettings
 from castwise.recipes.kenken.solver import Answer
 from castwise.recipes.scale_story import scale_markers, scale_story
 from castwise.recipes.stage_story import stage_story
+from castwise.recipes.watch_story import watch_story
 from castwise.report import (
     Column,
     DataTable,
@@ -116,6 +117,7 @@ def build_report(evidence: Evidence) -> Report:
             Section(title="What it solves", blocks=_result_blocks(evidence)),
             Section(title="Precision", blocks=_precision_blocks(evidence)),
             Section(title="Training", blocks=_training_blocks(evidence)),
+            *watch_story(evidence.records),
             Section(title="Memory", blocks=_memory_blocks(evidence)),
             Section(title="Data", blocks=_data_blocks(evidence)),
             Section(title="Settings", blocks=_settings_blocks(evidence)),
