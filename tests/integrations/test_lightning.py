@@ -934,7 +934,7 @@ def test_the_code_of_the_page_runs(
     page = (Path(__file__).parents[2] / "docs" / "integrations.md").read_text()
     section = page.partition("## Lightning")[2].partition("\n## ")[0]
     blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for block in blocks:
         exec(block, names)  # noqa: S102 -- our own page
 
