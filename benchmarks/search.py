@@ -20,6 +20,7 @@ import itertools
 import json
 import math
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ import torch
 from search_models import Small, batches, large, loss_fn, trained
 from torch import nn
 
+from castwise.islands import module_facts
 from castwise.numerics.search import Budget, SearchSettings, search
 from castwise.numerics.search.bench import Bench
 from castwise.numerics.search.candidates import default_of, parse_candidates
@@ -45,22 +47,43 @@ from castwise.policy.rules import Policy
 MARGIN = 0.9
 FORMATS = ("bf16", "fp32")
 CANDIDATES = parse_candidates(FORMATS)
+LIMIT = [math.inf]  # CPU seconds, after which a piece stops and can be gone on with
+CACHE = Path(tempfile.gettempdir()) / "castwise-search-benchmark"
 OUT = Path(__file__).parents[1] / "docs/accepted/search.json"
 
 
 class Case:
     """One model on the bench, with its scores."""
 
-    def __init__(self, model: nn.Module, num_batches: int, num_probes: int) -> None:
-        self.bench = Bench(
-            model, batches(0, num_batches), loss_fn, reference="fp64", seed=0
-        )
-        self.floor = self.errors(Policy(name="fp32", default=FP32))["gradient"]
+    def __init__(self, model: nn.Module, name: str) -> None:
+        self.bench = Bench(model, batches(0, 1), loss_fn, reference="fp64", seed=0)
+        self._path = CACHE / f"{name}.json"
+        self._known: dict[str, Any] = {}
+        if self._path.exists():
+            self._known = json.loads(self._path.read_text())
+        self.floor = self._once("floor", self._floor)
         self.record = Record(fingerprint="benchmark")
-        self.scores = self.score(num_probes)
+        self.scores = self.score(8)
+
+    def _once(self, key: str, find: Callable[[], Any]) -> Any:
+        """Take a result from the last run, or find it; stop when time is up."""
+        if key not in self._known:
+            if time.process_time() > LIMIT[0]:
+                self._path.parent.mkdir(exist_ok=True)
+                self._path.write_text(json.dumps(self._known))
+                raise SystemExit("time is up; run again to go on")
+            self._known[key] = find()
+        return self._known[key]
+
+    def _floor(self) -> float:
+        return self.errors(Policy(name="fp32", default=FP32))["gradient"]
 
     def score(self, num_probes: int) -> Scores:
-        """Take scores with some number of probes."""
+        """Take scores with some number of probes, once."""
+        found = self._once(f"K={num_probes}", lambda: self._score(num_probes).record())
+        return Scores.from_record(json.loads(json.dumps(found)))
+
+    def _score(self, num_probes: int) -> Scores:
         settings = ScoringSettings(
             num_probes=num_probes,
             seed=0,
@@ -79,10 +102,20 @@ class Case:
         """Measure a policy on the first batch."""
         return self.bench.errors(policy, Budget(gradient=1), scale=1.0, at=0)
 
+    def choice_of(self, policy: Policy) -> Choice:
+        """Read a choice off its policy."""
+        bound = policy.bind(module_facts(self.bench.model))
+        return tuple(
+            int(bound.precision_of(unit.fqn).compute == "fp32")
+            for unit in self.scores.units
+        )
+
     def error_of(self, choice: Choice) -> float:
-        """Measure a choice on the first batch."""
+        """Measure a choice on the first batch, once."""
         problem = Problem(self.scores, Budget(gradient=1))
-        return self.errors(problem.policy(choice))["gradient"]
+        key = "".join(map(str, choice))
+        found = self._once(key, lambda: self.errors(problem.policy(choice))["gradient"])
+        return float(found)
 
     def alone(self) -> list[float]:
         """The error of each unit alone in bf16."""
@@ -107,9 +140,23 @@ def share_high(problem: Problem, choice: Choice) -> float:
     return (problem.cost(choice) - lowest) / (highest - lowest)
 
 
+class CachedTrials(Trials):
+    """Trials whose errors a case remembers from one run of this script to the next."""
+
+    case: Case
+
+    def errors(
+        self, policy: Policy, *, to_the_end: bool = False
+    ) -> tuple[dict[str, float], ...]:
+        """Measure, or remember."""
+        del to_the_end
+        case = self.case
+        return ({"gradient": case.error_of(case.choice_of(policy))},)
+
+
 def trials_for(case: Case, budget: float, most: int = 10) -> Trials:
-    """Trials on the batches of a case."""
-    return Trials(
+    """Trials on the batch of a case."""
+    trials = CachedTrials(
         case.bench,
         Budget(gradient=budget),
         margin=MARGIN,
@@ -117,6 +164,8 @@ def trials_for(case: Case, budget: float, most: int = 10) -> Trials:
         record=case.record,
         report=lambda *_: None,
     )
+    trials.case = case
+    return trials
 
 
 def planted_piece(seeds: list[int]) -> list[dict[str, Any]]:
@@ -128,7 +177,7 @@ def planted_rows(seed: int) -> Iterator[dict[str, Any]]:
     """Yield one row for each budget and method."""
     model = large(seed)
     with untouched(model, torch.device("cpu")):
-        case = Case(model, num_batches=1, num_probes=8)
+        case = Case(model, f"{type(model).__name__}-{seed}")
         units = [unit.fqn for unit in case.scores.units]
         planted = {at for at, fqn in enumerate(units) if ".planted" in fqn}
         squared = [max(0.0, e * e - case.floor**2) for e in case.alone()]
@@ -246,7 +295,7 @@ def exhaustive_piece(seeds: list[int]) -> list[dict[str, Any]]:
     for seed in seeds:
         model = Small(seed)
         with untouched(model, torch.device("cpu")):
-            case = Case(model, num_batches=1, num_probes=8)
+            case = Case(model, f"{type(model).__name__}-{seed}")
             num = len(case.scores.groups)
             problem = Problem(case.scores, Budget(gradient=1))
             table = {
@@ -409,7 +458,9 @@ def main() -> None:
     parser.add_argument("piece", choices=[*PIECES, "summary"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--seconds", type=float, default=math.inf)
     options = parser.parse_args()
+    LIMIT[0] = options.seconds
     torch.set_num_threads(1)
     rows = []
     if options.piece != "summary":

@@ -15,7 +15,15 @@ from typing import NoReturn
 import click
 
 import castwise
-from castwise.commands import contract, diagnose, example, lint, validate, watch
+from castwise.commands import (
+    contract,
+    diagnose,
+    example,
+    lint,
+    search,
+    validate,
+    watch,
+)
 from castwise.errors import CastwiseError
 from castwise.recipes.kenken import command as kenken
 
@@ -36,7 +44,7 @@ def train() -> None:
 
 train.add_command(kenken.train)
 root.add_command(kenken.group)
-for room in (contract, diagnose, example, lint, validate, watch):
+for room in (contract, diagnose, example, lint, search, validate, watch):
     root.add_command(room.command)
 
 

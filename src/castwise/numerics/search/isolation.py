@@ -17,17 +17,22 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from castwise.dtypes import dtype_of
 from castwise.numerics.search.bench import Bench
 from castwise.numerics.search.candidates import Candidate
 from castwise.numerics.search.handovers import Handovers
 from castwise.numerics.search.reference_step import Call
+from castwise.numerics.search.structure import EachTensor
 from castwise.numerics.search.unit_play import Formats, Played, play
 from castwise.numerics.search.units import Unit
 from castwise.policy.keys import REGEX_MARK
@@ -60,9 +65,9 @@ def play_all(
 ) -> Iterator[tuple[Unit, list[Played]]]:
     """Replay every unit alone, in one candidate or, with None, in the reference.
 
-    In the default's format a unit is given what others hand out, already rounded; that
-    rounding is theirs. So the reference to compare with is given the same, and its
-    rounding is not counted twice.
+    In the default's format a unit is given what others hand out, already rounded, and
+    so do the modules in it; that rounding is theirs. So in the reference the same is
+    handed over, and no rounding is counted twice.
 
     Args:
         bench: Where the model stands.
@@ -113,7 +118,8 @@ def isolated(
             policy = isolation.policy(level)
         brought = candidate is None or candidate.compute == "fp64"
         otherwise = wide if brought else torch.float32
-        with bench.under(policy) as region:
+        handed = _rounded(bench.model, level, handovers) if candidate is None else ()
+        with bench.under(policy) as region, removed_later(handed):
             for unit in level:
                 formats = [
                     Formats(
@@ -124,6 +130,47 @@ def isolated(
                     for at in range(unit.num_calls)
                 ]
                 yield unit, region, formats
+
+
+def _rounded(
+    model: nn.Module, level: Sequence[Unit], handovers: Handovers
+) -> list[RemovableHandle]:
+    """Round what modules in the units hand out, as they would if all were low."""
+    first = {module: fqn for fqn, module in model.named_modules()}
+    inner = {
+        model.get_submodule(name): None
+        for unit in level
+        for name in inner_modules(model, unit.fqn)
+    }
+    found = []
+    for module in inner:
+        dtypes = handovers.outputs.get(first[module], ())
+        if any(dtype.itemsize < torch.float32.itemsize for dtype in dtypes):
+            hook = partial(_round_outputs, dtypes)
+            found.append(module.register_forward_hook(hook))
+    return found
+
+
+def _round_outputs(
+    dtypes: tuple[torch.dtype, ...], _: nn.Module, _args: Any, outputs: Any
+) -> Any:
+    remaining = iter(dtypes)
+
+    def through(tensor: torch.Tensor) -> torch.Tensor:
+        dtype = next(remaining, tensor.dtype)
+        return tensor if tensor.is_complex() else tensor.to(dtype).to(tensor.dtype)
+
+    return EachTensor(through).values(outputs)
+
+
+@contextmanager
+def removed_later(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Take hooks away when the block ends."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _Isolation:
