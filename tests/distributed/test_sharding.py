@@ -219,6 +219,37 @@ def test_whoever_comes_too_late_is_told_the_order(two_ranks: TwoRanks) -> None:
     assert "castwise.distributed.shard" in held
 
 
+def sharded_by_hand(rank: int) -> Any:
+    """Islands first, fully_shard by somebody else after, and off they come."""
+    model, policy = net(), policy_of("bf16-mixed fp32")
+    applied = apply_policy(model, policy.bind(module_facts(model)), "cpu")
+    for part in (*model.blocks, model.delicate, model):
+        fully_shard(part, mesh=_mesh())
+    with Region.of(policy, "full", (applied,)).entered("cpu"):
+        loss = loss_of(model(ROWS[rank]))
+    loss.backward()
+    applied.remove()
+    kind = type(model.delicate)
+    return (
+        kind.__name__,
+        [cls.__name__ for cls in kind.__mro__[1:3]],
+        (
+            isinstance(model.delicate, FSDPModule),
+            model.delicate(torch.ones(2, 7)).dtype,
+        ),
+    )
+
+
+def test_islands_leave_modules_that_were_sharded_after_them(
+    two_ranks: TwoRanks,
+) -> None:
+    """The class of FSDP2 stays on top, and is that of FSDP2."""
+    name, above, (is_sharded, dtype) = two_ranks(sharded_by_hand)[0]
+    assert (name, above) == ("FSDPLinear", ["FSDPModule", "Linear"])
+    assert is_sharded
+    assert dtype is torch.float32
+
+
 def test_without_processes_there_is_nothing_to_shard_over() -> None:
     """The remedy is one line."""
     with pytest.raises(SettingsError, match="init_process_group"):

@@ -201,6 +201,19 @@ def test_products_run_low_and_islands_do_not(make: Any, name: str) -> None:
     assert set(observe(step).product_shares()) == {"fp32"}
 
 
+@MODELS
+def test_one_policy_file_serves_both_models(make: Any, tmp_path: Path) -> None:
+    """A rule by type finds the blocks of GPT-2 and of Llama alike."""
+    with_mlp("bf16-mixed").save(tmp_path / "policy.yaml")
+    model = make()
+    bordered = put_policy(model, tmp_path / "policy.yaml")
+    num_blocks = model.config.num_hidden_layers
+    assert bordered.coverage().startswith(f"{num_blocks} module")
+    assert " in fp32 inside bf16: " in bordered.coverage()
+    model(input_ids=TOKENS[:3], labels=TOKENS[:3]).loss.backward()
+    bordered.remove()
+
+
 def test_the_head_stays_tied_and_rotary_tables_stay_fp32() -> None:
     """Also where weights are held in bf16."""
     model = gpt2()

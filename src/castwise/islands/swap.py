@@ -77,6 +77,8 @@ def _with_base(cls: type, old: type, new: type) -> type:
     """Rebuild a class so that `new` stands where `old` stood below it."""
     if cls is old:
         return new
+    if old not in cls.__mro__:
+        return cls  # a mixin, such as that of FSDP2, stays itself
     body = {
         name: value
         for name, value in vars(cls).items()
