@@ -24,7 +24,9 @@ class Block(nn.Module):
         return y
 
 
-@pytest.mark.parametrize("precision", ["fp32", "p=fp32,c=fp32", "p=fp32,c=fp16,o=bf16"])
+@pytest.mark.parametrize(
+    "precision", ["fp32", "p=fp32,c=fp32", "p=fp32,c=fp16,o=bf16", "c=fp64", "fp64"]
+)
 def test_a_compiled_island_has_the_gradients_of_the_eager_one(precision: str) -> None:
     """One full graph, no recompilation, and the same bits (pytorch#179804)."""
     torch.manual_seed(0)

@@ -487,6 +487,86 @@ def test_recomputation_outside_the_region_gives_the_same_gradients(
     assert {seen[0] for seen in model.probe.seen} == {torch.float32}
 
 
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_recomputation_inside_of_an_island_sees_its_weights_cast(
+    use_reentrant: bool,
+) -> None:
+    """When a part is recomputed, the island's forward, which cast them, is over."""
+
+    class Recomputing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(7, 7)
+
+        def forward(self, x: torch.Tensor, *, recompute: bool) -> torch.Tensor:
+            if not recompute:
+                return self.inner(x)
+            y: torch.Tensor = checkpoint(self.inner, x, use_reentrant=use_reentrant)
+            return y
+
+        def inner(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.sin(self.linear(x))
+
+    model = nn.Sequential(nn.Linear(7, 7), Recomputing())
+    put(model, policy(**{"1": "c=fp64"}))
+    x = torch.randn(3, 7)
+    gradients = []
+    for recompute in (False, True):
+        model.zero_grad()
+        with autocast("cpu", "bf16"):
+            y = model[1](model[0](x), recompute=recompute)
+        y.float().sum().backward()
+        gradients.append([weight.grad for weight in model.parameters()])
+        assert type(model[1].linear.weight) is nn.Parameter
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_recurrent_layers_and_weights_that_hooks_compute_are_cast() -> None:
+    """Their forwards read other slots than their parameters."""
+    pruned = prune.l1_unstructured(nn.Linear(7, 7), "weight", amount=5)
+    for module in (nn.LSTM(7, 7), pruned):
+        model = nn.Sequential(module)
+        put(model, policy(default="fp32", **{"0": "c=fp64"}))
+        out = model(torch.randn(3, 7))
+        out = out[0] if isinstance(out, tuple) else out
+        out.sum().backward()
+        assert all(weight.grad is not None for weight in model.parameters())
+        assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+
+
+def test_threads_may_train_one_model() -> None:
+    """Forward and backward in two threads, with weights cast and one of them again."""
+    model = Model()
+    asked = policy(probe="c=fp64")
+    asked = asked.with_rule(module="after", stage="backward", precision="fp64")
+    put(model, asked)
+    inputs = [torch.randn(3, 7) for _ in range(6)]
+    weights = list(model.parameters())
+
+    def gradients(x: torch.Tensor) -> Any:
+        with autocast("cpu", "bf16"):
+            loss = model(x).float().pow(2).mean()
+        return torch.autograd.grad(loss, weights)
+
+    expected = [gradients(x) for x in inputs]
+    found: list[Any] = [None] * len(inputs)
+
+    def work(start: int) -> None:
+        for _ in range(10):
+            for at in range(start, len(inputs), 2):
+                found[at] = gradients(inputs[at])
+
+    threads = [threading.Thread(target=work, args=(start,)) for start in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for got, want in zip(found, expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert all(type(weight) is nn.Parameter for weight in model.parameters())
+
+
 def test_hooks_stand_outside_and_keep_working() -> None:
     """Forward and backward hooks see the values of the surroundings."""
     model = Model()

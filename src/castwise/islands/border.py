@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from castwise.dtypes import dtype_of
+from castwise.dtypes import DTYPES
 from castwise.errors import IslandError
 from castwise.fp8_products import CARRIER, FP8, products_in, served
 from castwise.islands.crossing import Crossing, Rounding, tensors_in
@@ -58,7 +58,7 @@ class Border:
     """Whether an island in fp8 stands around it."""
 
     is_inner: bool = False
-    """Whether the module around is just the same, so that there is nothing to cast."""
+    """Whether the island around does all that is needed, but in a recompute."""
 
     def run(
         self,
@@ -80,7 +80,7 @@ class Border:
         kwargs: dict[str, Any],
     ) -> Any:
         if self.is_inner:
-            with self._operators():
+            with self.weights_cast(module), self._operators():
                 return forward(module, *args, **kwargs)
         dtype = self.dtype_inside
         inward = Crossing(dtype)
@@ -99,7 +99,7 @@ class Border:
         assert self.output is not None
         if self.output in FP8:
             return Rounding(self.output).values(outputs)
-        return Crossing(dtype_of(self.output)).values(outputs)
+        return Crossing(DTYPES[self.output]).values(outputs)
 
     @property
     def _products(self) -> Products | None:
@@ -128,13 +128,13 @@ class Border:
     def _autocast(self) -> torch.autocast:
         low = CARRIER if self.compute in FP8 else self.compute
         if low in LOW:
-            return torch.autocast(self.device_type, dtype=dtype_of(low))
+            return torch.autocast(self.device_type, dtype=DTYPES[low])
         return torch.autocast(self.device_type, enabled=False)
 
     @property
     def dtype_inside(self) -> torch.dtype:
         """What a tensor is held in while operators compute in a format."""
-        return dtype_of(_HELD_IN.get(self.compute, self.compute))
+        return DTYPES[_HELD_IN.get(self.compute, self.compute)]
 
     def weights_cast(
         self, module: nn.Module

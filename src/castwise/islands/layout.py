@@ -7,6 +7,10 @@ own formats are not the policy's default, or where weights are held in the forma
 they are computed in (`bf16-true`, `64-true`): then the inputs that a caller brings must
 be cast for it.
 
+An island that casts its weights, or rounds them to fp8, for the length of its forward
+has inner borders as well: modules inside of it that own weights do the same again, for
+they may be recomputed alone when the forward is over.
+
 Where a rule gives the backward of a module another compute format than its forward, the
 topmost such module is run again for its backward. It and the modules inside of it then
 have second borders, laid out in the same way from the precisions of the backward.
@@ -14,7 +18,7 @@ have second borders, laid out in the same way from the precisions of the backwar
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -117,9 +121,25 @@ def _borders(
             device_type=device_type,
             casts_weights=any(map(_weights_need_a_cast, (own, *others))),
             is_within_fp8=outside.compute in FP8,
-            is_inner=bool(fqn) and fqn not in turned and not _differs(own, outside),
         )
+        if borders[first].casts_weights or own.compute in FP8:
+            inner = replace(borders[first], output=None, is_inner=True)
+            for each in inside[1:]:
+                module = model.get_submodule(each)
+                if _can_run_alone(each, module):
+                    borders.setdefault(first_names[module], inner)
     return borders
+
+
+def _can_run_alone(fqn: str, module: nn.Module) -> bool:
+    """Whether a recompute may call it without the island around it, and it can tell."""
+    owns = any(True for _ in module.parameters(recurse=False))
+    return (
+        (owns or hasattr(module, "parametrizations"))
+        and fqn == governing_fqn(fqn)
+        and not isinstance(module, torch.jit.ScriptModule)
+        and "forward" not in module.__dict__
+    )
 
 
 def _insides(
@@ -142,7 +162,7 @@ def _insides(
             _differs(own, outside)
             or (not fqn and _is_pure(own))
             or fqn in turned
-            or own.compute in FP8  # each of them, so that it can be recomputed alone
+            or (not fqn and own.compute in FP8)
         )
         around[fqn] = own if _has_forward(module) else outside
         homes[fqn] = homes[above] if fqn else None

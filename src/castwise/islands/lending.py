@@ -28,6 +28,7 @@ Slots = list[dict[str, Any]]
 lock = threading.RLock()
 """Held while weights are lent."""
 
+_NOTHING = contextlib.nullcontext()
 _FLAT = "_flat_weights"  # the list that recurrent layers of torch.nn read
 
 
@@ -39,9 +40,9 @@ def slots_of(owners: Sequence[nn.Module]) -> Slots:
 @contextlib.contextmanager
 def lent(owners: Sequence[nn.Module], slots: Slots) -> Iterator[None]:
     """Let modules see other tensors in their slots, and give the originals back."""
-    with lock:
+    with _NOTHING if torch.compiler.is_compiling() else lock:
         before = [dict(_slots(owner)) for owner in owners]
-        flat = [vars(owner).get(_FLAT) for owner in owners]
+        flat = [getattr(owner, _FLAT, None) for owner in owners]
         try:
             for owner, values in zip(owners, slots, strict=True):
                 _fill(owner, values)
@@ -69,6 +70,8 @@ def cast_weights(
 
 def _slots(owner: nn.Module) -> Iterator[tuple[str, Any]]:
     yield from owner._parameters.items()  # noqa: SLF001 -- assignment by name would refuse a tensor
+    if torch.compiler.is_compiling():
+        return
     for name, value in vars(owner).items():
         if isinstance(value, torch.Tensor) and value.requires_grad:
             yield name, value
@@ -77,7 +80,10 @@ def _slots(owner: nn.Module) -> Iterator[tuple[str, Any]]:
 def _fill(owner: nn.Module, values: dict[str, Any]) -> None:
     parameters = owner._parameters  # noqa: SLF001 -- as above
     for name, value in values.items():
-        (parameters if name in parameters else vars(owner))[name] = value
-    if _FLAT in vars(owner):
+        if name in parameters:
+            parameters[name] = value
+        else:
+            vars(owner)[name] = value
+    if not torch.compiler.is_compiling() and _FLAT in vars(owner):
         names = vars(owner)["_flat_weights_names"]
         vars(owner)[_FLAT] = [getattr(owner, name, None) for name in names]
