@@ -161,8 +161,15 @@ class WatchedCall:
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether all numbers of a floating or complex tensor are finite."""
-    return bool(torch.isfinite(_numbers(tensor)).all())
+    """Whether all numbers of a floating or complex tensor are finite.
+
+    A finite 2-norm is the fast answer; its squares may overflow, so only the numbers
+    themselves can say no.
+    """
+    numbers = _numbers(tensor)
+    wide = torch.promote_types(numbers.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(numbers, dtype=wide)
+    return math.isfinite(norm.item()) or bool(torch.isfinite(numbers).all())
 
 
 def has_zero(tensor: torch.Tensor) -> bool:
