@@ -283,3 +283,20 @@ def test_the_scale_stays_between_floor_and_ceiling(
             break
         assert 1.0 <= scale.scale <= 1024.0
         assert scale.scale <= before if overflow else scale.scale >= before
+
+
+@pytest.mark.gpu
+def test_a_scale_on_a_device_is_never_waited_for() -> None:
+    """Scaling a loss and changing the scale read nothing back from the device."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    weight = torch.ones(5, device="cuda", requires_grad=True)
+    scale = DynamicScale(interval=1)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(4):
+            scale.scaled(weight.sum()).backward()
+            scale.adjust(None)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert scale.scale == 2.0**20

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -187,6 +188,37 @@ def test_a_compiled_model_is_one_graph_and_compiled_once() -> None:
         scales.add(step.outcome.scale)
     assert len(scales) > 3, "the scale changed, and nothing was compiled again"
     assert len(graphs) == 1
+
+
+def test_forward_and_backward_are_compiled_once_for_all_scales() -> None:
+    """The scale reaches compiled code as a tensor, the tangent of its backward."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    compiled = {"forward": 0, "backward": 0}
+
+    def compiler(which: str) -> Callable[[Any, Any], Any]:
+        def compile_graph(graph: Any, _: Any) -> Any:
+            compiled[which] += 1
+            return make_boxed_func(graph.forward)
+
+        return compile_graph
+
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+    scale = DynamicScale(initial=2.0**10, interval=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    run = prepare(model, optimizer, preset("16-mixed"), loss_scale=scale)
+    backend = aot_autograd(
+        fw_compiler=compiler("forward"), bw_compiler=compiler("backward")
+    )
+    forward = torch.compile(lambda x: run.model(x).float().mean(), backend=backend)
+    x = torch.randn(11, 5)
+    for _ in range(6):
+        with run.step() as step:
+            step.backward(forward(x))
+        assert isinstance(step.outcome, Stepped)
+    assert run.loss_scale.scale == 2.0**16
+    assert compiled == {"forward": 1, "backward": 1}
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
