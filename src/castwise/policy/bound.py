@@ -12,7 +12,7 @@ because weights have one storage for the whole run.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from castwise.decision import Decision
@@ -46,6 +46,11 @@ class BoundPolicy:
     governing: Mapping[str, tuple[Rule, ...]]
     """fqn -> the rules that name the module or one above it, in order."""
 
+    _known: dict[tuple[str, str, str], Precision] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    """What was asked before, since laying islands out asks the same again and again."""
+
     def rule_of(
         self, fqn: str, *, stage: str = "forward", phase: str = "full"
     ) -> Rule | None:
@@ -57,6 +62,12 @@ class BoundPolicy:
         self, fqn: str, *, stage: str = "forward", phase: str = "full"
     ) -> Precision:
         """Return the full precision of a module in a stage and phase."""
+        key = fqn, stage, phase
+        if key not in self._known:
+            self._known[key] = self._find_precision(*key)
+        return self._known[key]
+
+    def _find_precision(self, fqn: str, stage: str, phase: str) -> Precision:
         check_time(stage, phase)
         default = self.policy.default.over(FP32)
         found, storage = Precision(), Precision()

@@ -100,7 +100,7 @@ class Precision:
         )
 
     def _values(self) -> tuple[str | None, ...]:
-        return tuple(getattr(self, field.name) for field in fields(self))
+        return self.param, self.compute, self.output, self.reduce
 
     def __str__(self) -> str:
         if self.is_uniform:
