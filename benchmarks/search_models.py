@@ -183,13 +183,11 @@ def loss_fn(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return functional.cross_entropy(output.flatten(0, 1), target.flatten())
 
 
-def large(seed: int, *, router: bool = False) -> Transformer:
+def large(seed: int) -> Transformer:
     """10 layers, d=64, the five plants in places that the seed decides."""
     torch.manual_seed(seed)
     places = torch.randperm(10)[: len(PLANTS)].tolist()
     plants = {at: plant(64) for at, plant in zip(places, PLANTS, strict=True)}
-    if router:
-        plants = {5: NearTie(64)}
     return Transformer(64, 10, plants)
 
 

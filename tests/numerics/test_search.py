@@ -152,7 +152,7 @@ def test_policy_is_written_read_and_proved(found: Found, tmp_path: Path) -> None
     found.policy.save(path)
     policy = cw.Policy.load(path)
     assert policy == found.policy
-    assert all("gradient=0.01" in rule.because for rule in policy.rules)
+    assert all("of budget 0.01" in rule.because for rule in policy.rules)
     model, batches = build()
     cw.contract(model, batches, cross_entropy, policy).check()
 

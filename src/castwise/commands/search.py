@@ -198,7 +198,11 @@ def unit_table(found: Found) -> Table:
             unit.fqn or "(model)",
             unit.type,
             unit.chosen if unit.chosen == low else f"[yellow]{unit.chosen}[/]",
-            unit.because or f"{unit.errors[low]:.2g}",
+            unit.because or _share(unit.errors[low]),
             f"{unit.costs[unit.chosen] / found.cost:.1%}" if found.cost else "",
         )
     return table
+
+
+def _share(value: float) -> str:
+    return f"{value:.3g} times" if value > 1 else f"{value:.1%}"

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from castwise.numerics.search import Found
 
 _MOST_BARS = 25
+_LONGEST_BAR = 2.0  # times the budget; longer ones would flatten all others
 
 
 def report_of(found: Found, target: str) -> Report:
@@ -197,18 +198,19 @@ def _unit_section(found: Found) -> Section:
     bars = Bars(
         title=f"What {low} alone would use of the budget",
         names=tuple(
-            f"{unit.fqn or '(model)'} in {unit.chosen}" for unit in ranked[:_MOST_BARS]
+            f"{unit.fqn or '(model)'} in {unit.chosen}{_beyond(unit.errors[low])}"
+            for unit in ranked[:_MOST_BARS]
         ),
         values=tuple(
             Measured(
-                value=unit.errors[low] if math.isfinite(unit.errors[low]) else math.nan,
+                value=min(unit.errors[low], _LONGEST_BAR),
                 mark="none" if unit.chosen == low else "warning",
             )
             for unit in ranked[:_MOST_BARS]
         ),
         spelling="percent",
         caption=f"The {min(len(ranked), _MOST_BARS)} modules with the largest share; "
-        "the squares add up. Marked ones are held higher.",
+        f"the squares add up. Bars end at {_LONGEST_BAR:.0%}.",
     )
     table = DataTable(
         title="All modules",
@@ -289,3 +291,10 @@ def _evidence_section(found: Found) -> Section:
 
 def _share(value: float) -> float | str:
     return value if math.isfinite(value) else "not finite"
+
+
+def _beyond(value: float) -> str:
+    """What a bar that is cut stands for."""
+    if value <= _LONGEST_BAR:
+        return ""
+    return f" ({value:.3g} times)" if math.isfinite(value) else " (not finite)"

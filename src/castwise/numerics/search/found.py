@@ -167,14 +167,22 @@ class Problem:
             forced = [self.forced(fqn) for fqn in units]
             if units and all(forced):
                 return forced[0]
-            if chosen[units[0]].bits < default.bits or not units:
-                return ""
             share = math.sqrt(sum(used[fqn][default.name] ** 2 for fqn in units))
-            return f"{default.name} alone would use {share:.2g} of {self.budget}"
+            said = self._said(share, default.name)
+            fits = units and chosen[units[0]] == default
+            return f"may stay low, {said}" if fits else said
 
         low = any(each.compute == "fp16" for each in chosen.values())
         found = policy_of(scores.tree, chosen, default, because=because, name=name)
         return found.with_loss_scale("dynamic") if low else found
+
+    def _said(self, share: float, name: str) -> str:
+        """What rounding in a format uses of the budget, as the reason of a rule."""
+        limits = self.budget.limits
+        if len(limits) > 1 or "measure" in limits:
+            return f"{share:.2g} times the budget {self.budget} in {name} alone"
+        ((kind, limit),) = limits.items()
+        return f"{kind} error {share * limit:.1e} in {name}, of budget {limit:g}"
 
     def unit_usage(self) -> dict[str, dict[str, float]]:
         """Unit -> candidate -> share of the budget; a group's counts for each in it."""
