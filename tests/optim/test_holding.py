@@ -11,7 +11,7 @@ import torch
 
 from castwise.errors import SettingsError, WeightStorageError
 from castwise.optim import STORAGES, hold_weights
-from castwise.optim import holding as holding_room
+from castwise.optim import bites as bites_room
 
 SHAPES = ((7, 5), (13, 3), (1, 1), (3, 17))
 
@@ -179,7 +179,7 @@ def test_parameters_are_stepped_in_bites_that_change_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """However the parameters are cut into bites, the numbers are the same."""
-    monkeypatch.setattr(holding_room, "_BITE", 40)
+    monkeypatch.setattr(bites_room, "_BITE", 40)
     _assert_split_is_fp32(_maker("AdamW", {"foreach": True}), num_steps=20)
 
 

@@ -37,11 +37,11 @@ from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import torch
 from torch.optim import Optimizer
-from torch.optim import optimizer as torch_optimizer
 
 from castwise.decision import Decision
 from castwise.dtypes import dtype_of
 from castwise.errors import SettingsError, WeightStorageError
+from castwise.optim.bites import bites, is_parameter_wise
 from castwise.optim.joined import (
     HeldParameter,
     Joined,
@@ -57,29 +57,6 @@ from castwise.optim.storage import (
     make_storage,
 )
 from castwise.optim.sweep import SweepOptimizer
-
-PARAMETER_WISE: frozenset[type[Optimizer]] = frozenset(
-    getattr(torch.optim, name)
-    for name in (
-        "ASGD",
-        "Adadelta",
-        "Adafactor",
-        "Adagrad",
-        "Adam",
-        "AdamW",
-        "Adamax",
-        "Muon",
-        "NAdam",
-        "RAdam",
-        "RMSprop",
-        "Rprop",
-        "SGD",
-        "SparseAdam",
-    )
-)
-"""Optimizers whose update of one parameter depends on no other parameter."""
-
-_BITE = 1 << 22  # elements in fp32 at a time: 16 MiB of weights, 16 MiB of gradients
 
 
 class HeldIn(NamedTuple):
@@ -205,17 +182,7 @@ class HeldWeights:
     @property
     def parameter_wise(self) -> Decision[bool]:
         """Whether the optimizer is stepped a few parameters at a time, and why."""
-        name = type(self.optimizer).__name__
-        apart = type(self.optimizer) in PARAMETER_WISE
-        if isinstance(self.optimizer, SweepOptimizer):
-            apart = self.optimizer.parameter_wise
-        if not apart:
-            return Decision(
-                value=False, because=f"{name} may treat parameters together"
-            )
-        if _has_step_hooks(self.optimizer):
-            return Decision(value=False, because="step hooks expect one call a step")
-        return Decision(value=True, because=f"{name} treats each parameter by itself")
+        return is_parameter_wise(self.optimizer)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
@@ -239,7 +206,7 @@ class HeldWeights:
             with self._joined(every):
                 return self._inner_step(closure, **kwargs)
         if closure is None and self.parameter_wise.value:
-            for group, bite in self._bites():
+            for group, bite in bites(self.optimizer):
                 self._step_bite(group, bite, kwargs)
             return None
         if closure is None:
@@ -404,22 +371,6 @@ class HeldWeights:
         own["step"] = MethodType(step, self.optimizer)
         own["add_param_group"] = MethodType(add_param_group, self.optimizer)
 
-    def _bites(self) -> Iterator[tuple[dict[str, Any], list[torch.nn.Parameter]]]:
-        """Yield parameters with gradients: a group and some `_BITE` elements of it."""
-        for group in self.optimizer.param_groups:
-            bite: list[torch.nn.Parameter] = []
-            size = 0
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                if bite and size + parameter.numel() > _BITE:
-                    yield group, bite
-                    bite, size = [], 0
-                bite.append(parameter)
-                size += parameter.numel()
-            if bite:
-                yield group, bite
-
     def _step_bite(
         self,
         group: dict[str, Any],
@@ -476,16 +427,3 @@ class HeldWeights:
         held = self._held.get(id(parameter))
         if held is not None:
             held.load(saved)
-
-
-def _has_step_hooks(optimizer: Optimizer) -> bool:
-    """Return whether anybody listens to the steps of the optimizer; torch asks so."""
-    own = optimizer.__dict__
-    return any(
-        (
-            own.get("_optimizer_step_pre_hooks"),
-            own.get("_optimizer_step_post_hooks"),
-            vars(torch_optimizer).get("_global_optimizer_pre_hooks"),
-            vars(torch_optimizer).get("_global_optimizer_post_hooks"),
-        )
-    )
