@@ -6,6 +6,7 @@ It belongs to `Run` in `step.py`, which tells the whole story.
 from __future__ import annotations
 
 import contextlib
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol, Self
 
@@ -129,32 +130,40 @@ class Step:
             watcher.gradients_ready(scale)
         finding = unscale(run.loss_scale, gradients)
         loss = float(torch.stack([each.float() for each in self._losses]).sum())
+        norm = math.nan
         if finding is None:
             norm = clip(gradients.values(), run.clip_norm)
             finding = too_large_to_square(gradients, norm, run.clip_norm)
+        gradients.clear()
         if finding is None:
-            run._states.check(run.parameters())  # noqa: SLF001 -- as above
-            run.optimizer.step()
-            run._states.remember()  # noqa: SLF001 -- as above
-            self._outcome = Stepped(
-                loss=loss,
-                gradient_norm=norm,
-                clipped=run.clip_norm is not None and norm > run.clip_norm,
-                scale=scale,
-            )
+            self._outcome = self._update(norm, loss, scale)
         else:
-            gradients.clear()
-            run._clear_gradients()  # noqa: SLF001 -- as above; the replay needs the room
-            told = finding.cause
-            explanation = Explanation(note=told) if told else self._explanation(scale)
+            explanation = self._left_alone(finding, scale)
             self._outcome = self._skipped(finding, explanation, loss, scale)
             finding = replace(finding, cause=str(explanation))
-        for watcher in run.watchers:
-            watcher.ends(stepped=isinstance(self._outcome, Stepped))
         run._count(self._outcome)  # noqa: SLF001 -- as above
         if finding is not None:
             refuse_poisoned_weights(run.parameters())
         run._learn(finding)  # noqa: SLF001 -- as above
+
+    def _update(self, norm: float, loss: float, scale: float) -> Stepped:
+        run = self._run
+        run._states.check(run.parameters())  # noqa: SLF001 -- a run and its step share it
+        run.optimizer.step()
+        run._states.remember()  # noqa: SLF001 -- as above
+        for watcher in run.watchers:
+            watcher.ends(stepped=True)
+        clipped = run.clip_norm is not None and norm > run.clip_norm
+        return Stepped(loss=loss, gradient_norm=norm, clipped=clipped, scale=scale)
+
+    def _left_alone(self, finding: NonFinite, scale: float) -> Explanation:
+        """End a step without an update, and find out why."""
+        for watcher in self._run.watchers:
+            watcher.ends(stepped=False)  # what is replayed is no step
+        self._run._clear_gradients()  # noqa: SLF001 -- as above; the replay needs the room
+        if finding.cause:
+            return Explanation(note=finding.cause)
+        return self._explanation(scale)
 
     def _explanation(self, scale: float) -> Explanation:
         run = self._run
