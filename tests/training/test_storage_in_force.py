@@ -57,8 +57,11 @@ def test_a_policy_puts_its_storage_under_the_optimizer(name: str) -> None:
     run = make_run(LOW.with_storage(name))
     assert run.held is not None
     assert run.held.storages == {name: 80}
-    assert [str(each) for each in run.precision.storage] == [f"{name} (low says so)"]
-    assert f"stored as {name} (low says so)" in run.precision.summary()
+    (decision,) = run.precision.storage
+    assert decision.value == name
+    assert decision.because.startswith("low says so")
+    assert ("lose updates" in decision.because) is (name == "plain")
+    assert f"stored as {decision}" in run.precision.summary()
     step(run)
     assert {w.dtype for w in run.model.parameters()} == {torch.bfloat16}
     states = run.optimizer.state.values()

@@ -90,18 +90,25 @@ class BoundPolicy:
         assert fmt is not None
         if fmt not in _DEFAULT_STORAGE:
             return Decision(None, f"{fmt} holds what an update adds")
+        lost = FORMATS[fmt].eps / 4  # half the spacing just below a power of two
+        lost_updates = f"lose updates below {lost:.1e} of their weight"
+        asked = self._asked_storage(fqn)
+        if asked is None:
+            because = f"{fmt} alone would {lost_updates}"
+            return Decision(_DEFAULT_STORAGE[fmt], because)
+        if asked.value == "plain":
+            return Decision("plain", f"{asked.because}; weights will {lost_updates}")
+        return Decision(asked.value, asked.because)
+
+    def _asked_storage(self, fqn: str) -> Decision[str] | None:
         for rules in self._rules_upwards(fqn):
             always = next((rule for rule in rules if rule.holds_always), None)
             if always is not None and always.storage is not None:
-                return Decision(always.storage, always.because or f"{always.label}")
+                return Decision(always.storage, always.because or always.label)
         policy = self.policy
-        if policy.storage is not None:
-            return Decision(policy.storage, f"{policy.where or policy.name} says so")
-        lost = FORMATS[fmt].eps / 4  # half the spacing just below a power of two
-        return Decision(
-            _DEFAULT_STORAGE[fmt],
-            f"{fmt} alone would lose updates below {lost:.1e} of their weight",
-        )
+        if policy.storage is None:
+            return None
+        return Decision(policy.storage, f"{policy.where or policy.name} says so")
 
     def explain(self, fqn: str) -> str:
         """Say what precision a module has, and which rule decides.
