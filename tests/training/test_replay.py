@@ -480,3 +480,76 @@ def test_nothing_is_held_after_a_step() -> None:
         step.backward(run.model(x).mean())
     del x
     assert alive() is None
+
+
+def test_what_a_loss_costs_is_bounded_by_the_length_of_the_tape() -> None:
+    """A loss of a thousand calls is not explained, and not held up by much."""
+    run = make_run("32-true")
+
+    def loss_fn(out: torch.Tensor) -> torch.Tensor:
+        for _ in range(1000):
+            out = out + 1e-3
+        return out.mean() / 0.0
+
+    outcome = skip_of(run, loss_fn)
+    assert outcome.stage is None
+    assert "run.step(again=" in outcome.because
+    assert len(run._tape._entries) == 0
+
+
+def test_a_model_that_returns_a_circle_of_objects_is_no_trap() -> None:
+    """Looking for tensors in a result has to end."""
+
+    class Node:
+        def __init__(self, value: torch.Tensor) -> None:
+            self.itself = self
+            self.value = value
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(3, 3)
+
+        def forward(self, x: torch.Tensor) -> Node:
+            return Node(self.inner(x))
+
+    model = Model()
+    run = prepare(model, torch.optim.SGD(model.parameters()), preset("32-true"))
+    with run.step() as step:
+        step.backward(model(torch.randn(2, 3)).value.mean())
+    assert isinstance(step.outcome, Stepped)
+    outcome = skip_of_value(run)
+    assert (outcome.op, outcome.kind) == ("div", "nan")
+
+
+def skip_of_value(run: Run) -> Skipped:
+    """A skipped step of a model that hides its output in an object."""
+    with run.step() as step:
+        step.backward(run.model(torch.randn(2, 3)).value.mean() / 0.0)
+    assert isinstance(step.outcome, Skipped)
+    return step.outcome
+
+
+def test_modes_that_the_loop_opens_itself_stay_in_order() -> None:
+    """Around the model, around the loss, or around both: they close as they should."""
+    run = make_run("32-true")
+    x = torch.randn(11, 5)
+    before = torch._C._len_torch_function_stack()
+    with run.step() as step:
+        with torch.device("cpu"):
+            out = run.model(x)
+        step.backward(out.mean())
+    assert torch._C._len_torch_function_stack() == before
+    with run.step() as step:
+        out = run.model(x)
+        with torch.device("cpu"):
+            loss = out.mean()
+            step.backward(loss)
+    assert torch._C._len_torch_function_stack() == before
+    with torch.device("cpu"), run.step() as step:
+        step.backward(run.model(x).mean())
+    assert torch._C._len_torch_function_stack() == before
+    with pytest.raises(ZeroDivisionError), run.step():
+        run.model(x)
+        1 / 0  # noqa: B018 -- the exception is what is tested
+    assert torch._C._len_torch_function_stack() == before

@@ -11,8 +11,9 @@ which the loop does as well. Those of earlier losses of the same step are let go
 all of them pass `ROOM` bytes.
 
 Not on the tape, so that such a loss cannot run again: what `torch.compile` ran, calls
-of parts of the model instead of the model, and functions of autograd of one's own in
-the loss. A step may be given the computation itself instead (`run.step(again=...)`).
+of parts of the model instead of the model, functions of autograd of one's own in the
+loss, and what comes after `LENGTH` calls. A step may be given the computation itself
+instead (`run.step(again=...)`).
 """
 
 from __future__ import annotations
@@ -40,6 +41,11 @@ Call = Callable[[str, Callable[..., Any], Any, Any], Any]
 
 ROOM = 64 << 20
 """Bytes of inputs that are kept for losses before the last one."""
+
+LENGTH = 256
+"""Calls that are kept; a loss that takes more costs no more than these."""
+
+_DEPTH = 5  # how deep tensors may hide in what a model returns
 
 _OWN = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1] / "training"))
 
@@ -134,6 +140,10 @@ class Tape(TorchFunctionMode):
                 )
             yield self._again(loss, call)
 
+    def is_of(self, module: nn.Module) -> bool:
+        """Whether a module is the model itself, and no replica of it."""
+        return module is self._model
+
     # What is heard
 
     def before_model(self, args: Any, kwargs: Any) -> None:
@@ -166,7 +176,7 @@ class Tape(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or len(self._entries) > LENGTH:
             return result
         name = getattr(func, "__name__", "")
         in_place = _is_in_place(name, kwargs)
@@ -207,6 +217,8 @@ class Tape(TorchFunctionMode):
 
     def _append(self, entry: _Entry, result: Any) -> None:
         number = len(self._entries)
+        if number == LENGTH:  # what comes now, nobody saw
+            self._made.clear()
         self._entries.append(entry)
         for place, tensor in enumerate(tensors_in(result)):
             self._made[id(tensor)] = weakref.ref(tensor), _Made(number, place)
@@ -293,28 +305,32 @@ class _Hook:
 
 
 class _Before(_Hook):
-    def __call__(self, _: nn.Module, args: Any, kwargs: Any) -> None:
-        if self._tape is not None and not torch.compiler.is_compiling():
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if torch.compiler.is_compiling() or self._tape is None:
+            return
+        if self._tape.is_of(module):
             self._tape.before_model(args, kwargs)
 
 
 class _After(_Hook):
-    def __call__(self, _: nn.Module, __: Any, result: Any) -> None:
-        if self._tape is not None and not torch.compiler.is_compiling():
+    def __call__(self, module: nn.Module, _: Any, result: Any) -> None:
+        if torch.compiler.is_compiling() or self._tape is None:
+            return
+        if self._tape.is_of(module):
             self._tape.after_model(result)
 
 
-def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+def tensors_in(value: Any, depth: int = _DEPTH) -> Iterator[torch.Tensor]:
     """Yield the tensors of a result, those in objects of one's own included."""
     if isinstance(value, torch.Tensor):
         yield value
-    elif isinstance(value, (list, tuple)):
+    elif depth and isinstance(value, (list, tuple)):
         for each in value:
-            yield from tensors_in(each)
-    elif isinstance(value, dict):
-        yield from tensors_in(list(value.values()))
-    elif hasattr(value, "__dict__") and not callable(value):
-        yield from tensors_in(vars(value))
+            yield from tensors_in(each, depth - 1)
+    elif depth and isinstance(value, dict):
+        yield from tensors_in(list(value.values()), depth)
+    elif depth and hasattr(value, "__dict__") and not callable(value):
+        yield from tensors_in(vars(value), depth - 1)
 
 
 def _has_tensor(value: Any) -> bool:
