@@ -248,6 +248,35 @@ def switch(tool: Tool) -> Answer:
     )
 
 
+def narrow_island(tool: Tool) -> Answer:
+    """A product in fp8_e4m3 where the hardware has none, as far off as 4 bits are."""
+    torch.manual_seed(0)
+    net = Net()
+    ready = tool.held(net, "delicate", "fp8_e4m3")
+    _step(ready, torch.randn(7, WIDTH))
+    inside = 1e-2 < net.delicate.error < 1e-1
+    how = "emulated" if inside else f"in {_name(net.delicate.product)}"
+    return Answer(
+        verdict="yes" if inside else "no",
+        figure=f"{how}, error {net.delicate.error:.0g}",
+    )
+
+
+def stale(tool: Tool) -> Answer:
+    """A weight doubled in place between two products of one region."""
+    weight, x = nn.Parameter(torch.eye(5)), torch.ones(3, 5)
+    with tool.region():
+        first = nn.functional.linear(x, weight)
+        with torch.no_grad():
+            weight.mul_(2)
+        second = nn.functional.linear(x, weight)
+    fresh = torch.equal(second, 2 * first)
+    return Answer(
+        verdict="yes" if fresh else "no",
+        figure="is cast again" if fresh else "the old cast is used",
+    )
+
+
 class Rotary(nn.Module):
     """A rotary table beside a weight."""
 

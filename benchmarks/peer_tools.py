@@ -300,7 +300,8 @@ class Castwise(Tool):
 
     def held(self, model: nn.Module, fqn: str, fmt: str) -> Ready:
         """An island."""
-        policy = preset("bf16-mixed").with_rule(module=fqn, precision=fmt)
+        precision = f"c={fmt}" if fmt.startswith("fp8") else fmt
+        policy = preset("bf16-mixed").with_rule(module=fqn, precision=precision)
         return _prepared(model, policy)
 
     def sharded(self, model: nn.Module, fqn: str) -> Ready:

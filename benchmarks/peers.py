@@ -43,6 +43,7 @@ from peer_features import (
     floor,
     island,
     named,
+    narrow_island,
     operator,
     phases,
     proof,
@@ -50,6 +51,7 @@ from peer_features import (
     recomputed,
     sharded,
     stages,
+    stale,
     switch,
     table,
     wide_island,
@@ -107,6 +109,24 @@ FEATURES = (
         paddle=UNSAID,
     ),
     Feature(
+        title="an fp8 island on hardware without fp8",
+        probe=narrow_island,
+        test=(
+            "tests/islands/test_fp8.py::"
+            "test_an_island_in_fp8_covers_what_is_inside_and_nothing_else"
+        ),
+        paddle=UNSAID,
+    ),
+    Feature(
+        title="a weight changed in place inside the region is cast again",
+        probe=stale,
+        test=(
+            "tests/issues/test_stale_weight_cast.py::"
+            "test_a_weight_changed_in_place_is_cast_again"
+        ),
+        paddle=UNSAID,
+    ),
+    Feature(
         title="fp32 products of an island stay IEEE under a global switch",
         probe=switch,
         test=(
@@ -118,15 +138,15 @@ FEATURES = (
     Feature(
         title="rotary tables survive weights in bf16",
         probe=buffers,
-        test="tests/islands/test_islands.py::test_buffers_go_up_with_their_module_and_never_down",
+        test="tests/issues/test_gpt_neox_1003.py::test_angles_keep_their_digits",
         paddle=UNSAID,
     ),
     Feature(
         title="custom functions with setup_context (pytorch#132388)",
         probe=custom_function,
         test=(
-            "tests/numerics/test_contract.py::"
-            "test_a_custom_function_is_judged_forward_and_backward"
+            "tests/issues/test_pytorch_132388.py::"
+            "test_an_island_gives_a_custom_function_its_format"
         ),
         paddle=UNSAID,
     ),
@@ -134,8 +154,8 @@ FEATURES = (
         title="precision by phase, also compiled",
         probe=phases,
         test=(
-            "tests/islands/test_compiled.py::"
-            "test_a_change_of_phase_compiles_once_for_each_phase"
+            "tests/training/test_compiled_step.py::"
+            "test_phases_compile_once_each_forward_and_backward"
         ),
         paddle=paddle("partly", "enable= of a context, by hand [auto_cast]"),
     ),
@@ -158,8 +178,8 @@ FEATURES = (
         title="a compiled island has the eager gradients (pytorch#179804)",
         probe=compiled,
         test=(
-            "tests/islands/test_compiled.py::"
-            "test_a_compiled_island_has_the_gradients_of_the_eager_one"
+            "tests/issues/test_pytorch_179804.py::"
+            "test_compiled_gradients_are_those_of_eager_code"
         ),
         paddle=UNSAID,
     ),
@@ -176,8 +196,8 @@ FEATURES = (
         title="DistributedDataParallel",
         probe=distributed,
         test=(
-            "tests/numerics/test_contract_distributed.py::"
-            "test_each_rank_proves_its_own_contract"
+            "tests/distributed/test_replication.py::"
+            "test_two_processes_compute_what_one_would"
         ),
         paddle=paddle("yes", "paddle.DataParallel, beside amp"),
     ),
@@ -203,7 +223,8 @@ FEATURES = (
         title="the loss scale stops at a floor and says why",
         probe=floor,
         test=(
-            "tests/test_loss_scale.py::test_at_the_floor_it_stops_with_an_explanation"
+            "tests/issues/test_pytorch_99640.py::"
+            "test_a_scale_that_cannot_help_stops_the_run_at_its_floor"
         ),
         paddle=UNSAID,
     ),
