@@ -12,6 +12,7 @@ outputs in full.
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -26,7 +27,6 @@ import castwise as cw
 from castwise.numerics.exponents import NUM_BINS, exponent_bins
 from castwise.numerics.watch import WatchSchedule, watch
 
-NUM_TURNS = 15
 Loss = Callable[[], torch.Tensor]
 
 
@@ -132,6 +132,9 @@ def idle_microseconds(run: cw.Run) -> float:
 
 def main() -> None:
     """Print one row for each model."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--turns", type=int, default=15, help="Steps of each kind.")
+    num_turns = parser.parse_args().turns
     for build in (language_model, conv_net):
         torch.manual_seed(0)
         model, loss = build()
@@ -140,7 +143,7 @@ def main() -> None:
         times: dict[str, list[float]] = {"none": [], "idle": [], "look": [], "full": []}
         for _ in range(3):
             seconds(run, loss)
-        for _ in range(NUM_TURNS):
+        for _ in range(num_turns):
             times["none"].append(seconds(run, loss))
             with watch(run, schedule=WatchSchedule(every=10**9, first=10**8)):
                 times["idle"].append(seconds(run, loss))

@@ -131,20 +131,27 @@ class ExponentHistogram:
     def of(cls, values: torch.Tensor) -> ExponentHistogram:
         """Count a whole tensor."""
         bins = exponent_bins(values.detach().reshape(-1))
-        return cls.from_bins(torch.bincount(bins, minlength=NUM_BINS).tolist())
+        counts = torch.bincount(bins, minlength=NUM_BINS)
+        return cls.from_bins(counts[None])[0]
 
     @classmethod
-    def from_bins(cls, bins: list[int]) -> ExponentHistogram:
-        """Build a histogram from `NUM_BINS` counts."""
-        found = [at for at in range(NUM_EXPONENTS) if bins[at]]
-        first, last = (found[0], found[-1]) if found else (0, -1)
-        return cls(
-            lowest=LOWEST + first,
-            counts=tuple(bins[first : last + 1]),
-            zeros=bins[ZERO],
-            infinities=bins[INFINITE],
-            nans=bins[NAN],
-        )
+    def from_bins(cls, bins: torch.Tensor) -> list[ExponentHistogram]:
+        """Build a histogram from each row of a table of `NUM_BINS` counts."""
+        used = bins[:, :NUM_EXPONENTS].ne(0).byte()
+        firsts = used.argmax(1).tolist()
+        lasts = (NUM_EXPONENTS - used.flip(1).argmax(1)).tolist()
+        return [
+            cls(
+                lowest=LOWEST + first if has else 0,
+                counts=tuple(row[first:last]) if has else (),
+                zeros=row[ZERO],
+                infinities=row[INFINITE],
+                nans=row[NAN],
+            )
+            for row, first, last, has in zip(
+                bins.tolist(), firsts, lasts, used.any(1).tolist(), strict=True
+            )
+        ]
 
 
 def exponent_bins(values: torch.Tensor) -> torch.Tensor:

@@ -271,12 +271,12 @@ class _Table:
         if _num_ranks() > 1:
             distributed.all_reduce(counts)
             distributed.all_reduce(lost)
-        bins, shares = counts.cpu(), lost.cpu()
+        histograms, shares = ExponentHistogram.from_bins(counts.cpu()), lost.T.tolist()
         shift = -math.floor(math.log2(scale))
         found = []
         for (kind, name), row in self._rows.items():
             fmt, size = self._seen.get((kind, name), ("fp32", 0))
-            histogram = ExponentHistogram.from_bins(bins[row].tolist())
+            histogram = histograms[row]
             if not histogram.total:
                 continue
             if kind in {"gradient", "output_gradient"} and scale != 1:
@@ -289,7 +289,7 @@ class _Table:
                     format=fmt,
                     num_elements=size,
                     histogram=histogram,
-                    lost=None if kept else _lost(fmt, shares[:, row].tolist()),
+                    lost=None if kept else _lost(fmt, shares[row]),
                 )
             )
         return tuple(found)
