@@ -1,10 +1,10 @@
 """What islands, backwards of their own and emulated fp8 cost, in one process.
 
 A training step (forward and backward) of four linear layers in bf16, of which the two
-in the middle are held otherwise, in turns. The rivals are the same model without a rule,
-and the middle in fp64 altogether, which is the plain way to gradients in fp64. Times
-are CPU seconds of one thread; printed is the fastest of several turns, and its ratio to
-the model without a rule.
+in the middle are held otherwise, in turns. The rivals are the same model without a
+rule, and the middle in fp64 altogether, the plain way to gradients in fp64. Times are
+CPU seconds of one thread; printed is the fastest of several turns, and its ratio to
+that of the model without a rule.
 
     python benchmarks/islands.py
 """

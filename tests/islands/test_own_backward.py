@@ -522,6 +522,27 @@ def test_an_exception_in_the_second_run_leaves_the_module_as_it_was() -> None:
     assert int(model.solver.norm.num_batches_tracked) == 1
 
 
+def test_what_it_hands_out_may_be_changed_in_place() -> None:
+    """Also where it is a view of something inside, as in the plain model."""
+
+    class Viewing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(7, 7)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(x).mT
+
+    model = nn.Sequential(OrderedDict(solver=Viewing(), relu=nn.ReLU(inplace=True)))
+    plain = copy.deepcopy(model)
+    put(model, replace(policy("fp64"), default=Precision.parse("fp32")))
+    x = torch.randn(5, 7)
+    for each in (plain, model):
+        each(x).pow(2).sum().backward()
+    for got, want in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, want.grad)
+
+
 def test_weights_changed_between_forward_and_backward_are_an_error() -> None:
     """As everywhere in autograd: the gradient would be of another function."""
     model = Model(solver())

@@ -112,6 +112,21 @@ def test_an_island_whose_inputs_need_no_gradient_gives_the_switches_back() -> No
     assert ("backward", IEEE) in model[0].notes
 
 
+def test_a_backward_of_its_own_in_fp32_is_ieee_in_both_of_its_passes() -> None:
+    """The forward is not: it runs in bf16, and nothing was promised for it."""
+    model = nn.Sequential(Watched(), Watched(), Watched())
+    policy = Policy(name="test").with_default("p=fp32,c=bf16,o=bf16,r=fp32")
+    policy = policy.with_rule(module="1", stage="backward", precision="fp32")
+    apply_policy(model, policy.bind(module_facts(model)), "cpu")
+    run(model).backward()
+    notes = model[1].notes
+    assert notes[:2] == [("forward", FAST)] * 2
+    assert notes[2:4] == [("forward", IEEE)] * 2
+    assert set(notes[4:]) == {("backward", IEEE)}
+    for neighbour in (model[0], model[2]):
+        assert set(neighbour.notes) == {("forward", FAST), ("backward", FAST)}
+
+
 @pytest.mark.parametrize("fails", ["forward", "backward"])
 def test_an_exception_gives_the_switches_back(fails: str) -> None:
     """In forward by the with block, in backward when the engine drops its callbacks."""

@@ -126,7 +126,8 @@ class _Call:
         self._random = random if random.have_moved() else None
         taken = TakeOut()
         self.outputs = taken.values(outputs)
-        return tuple(taken.tensors)
+        # no views: autograd lets nobody change a view in place that was made here
+        return tuple(tensor.detach() for tensor in taken.tensors)
 
     def differentiate(
         self,
