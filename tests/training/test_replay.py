@@ -407,6 +407,10 @@ def test_a_gradient_whose_square_overflows_is_not_stepped_by() -> None:
         step.backward(run.model(torch.randn(11, 5)).sum() * 1e25)
     assert isinstance(step.outcome, Skipped)
     assert "whose square fp32 does not hold" in step.outcome.because
+    run.clip_norm = 1.0
+    with run.step() as step:
+        step.backward(run.model(torch.randn(11, 5)).sum() * 1e25)
+    assert isinstance(step.outcome, Stepped), "clipped, its square is small"
     with run.step() as step:
         step.backward(run.model(torch.randn(11, 5)).sum())
     assert isinstance(step.outcome, Stepped)

@@ -18,6 +18,7 @@ from castwise.errors import (
     UnsupportedFormatError,
 )
 from castwise.loss_scale import DynamicScale, NoScale, StaticScale
+from castwise.optim.clipping import ByGroup, ByRow
 from castwise.policy import Policy, preset
 from castwise.training.step import Run, Skipped, Stepped, prepare
 
@@ -111,6 +112,36 @@ def test_fp32_steps_are_those_of_a_loop_written_by_hand() -> None:
         assert step.outcome.clipped
     for ours, theirs in zip(run.model.parameters(), by_hand.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
+
+
+def test_gradients_are_clipped_by_group_and_by_row_under_any_scale() -> None:
+    """What is clipped is unscaled already; the outcome says that it happened."""
+    x = torch.linspace(-1, 1, 55).reshape(11, 5)
+    for how in (ByGroup(max_norm=1e-3), ByRow(ratio=1e-3)):
+        moved = []
+        for scale in (NoScale(), StaticScale(1024.0)):
+            torch.manual_seed(0)
+            model = make_model()
+            groups = [
+                {"params": model[0].parameters(), "max_norm": 1e-2},
+                {"params": [*model[1].parameters(), *model[3].parameters()]},
+            ]
+            optimizer = torch.optim.SGD(groups, lr=1.0)
+            policy = preset("32-true")
+            run = prepare(model, optimizer, policy, clip_norm=how, loss_scale=scale)
+            before = weights_of(run)
+            with run.step() as step:
+                step.backward(run.model(x).pow(2).mean())
+            assert isinstance(step.outcome, Stepped)
+            assert step.outcome.clipped
+            assert step.outcome.gradient_norm > 0.1
+            after = weights_of(run)
+            moved.append([a - b for a, b in zip(after, before, strict=True)])
+        for one, other in zip(*moved, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+        first = torch.cat([each.flatten() for each in moved[0][:2]]).norm()
+        if isinstance(how, ByGroup):
+            assert first.item() == pytest.approx(1e-2, rel=1e-3)
 
 
 def test_fp16_steps_are_those_of_grad_scaler() -> None:

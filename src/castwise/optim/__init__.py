@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from castwise.optim.adamw import AdamW as AdamW
+from castwise.optim.clipping import ByGroup as ByGroup
+from castwise.optim.clipping import ByRow as ByRow
 from castwise.optim.holding import HeldIn as HeldIn
 from castwise.optim.holding import HeldWeights as HeldWeights
 from castwise.optim.holding import held_weights_of as held_weights_of

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +28,48 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ByGroup:
+    """Clips each parameter group of an optimizer to a norm of its own."""
+
+    max_norm: float | None = None
+    """Limit of the groups without an entry `max_norm`; None leaves them as they are."""
+
+    def __post_init__(self) -> None:
+        """Refuse a limit that freezes the weights."""
+        if self.max_norm is not None:
+            _check_above_0("clipping by group", "max_norm", self.max_norm)
+
+    def clip(self, groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Clip the gradients of the groups; returns whether any was scaled down."""
+        norms = clip_by_group(groups, self.max_norm)
+        limits = [group.get("max_norm", self.max_norm) for group in groups]
+        pairs = zip(norms, limits, strict=True)
+        return any(limit is not None and norm > limit for norm, limit in pairs)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ByRow:
+    """Clips each row of a gradient to a fraction of the weights that it moves."""
+
+    ratio: float = 0.01
+    """Largest norm of a row of the gradient over that of the weight."""
+
+    floor: float = 1e-3
+    """Norm that a smaller weight counts as, so that zeros can move."""
+
+    def __post_init__(self) -> None:
+        """Refuse a limit that freezes the weights."""
+        for name in ("ratio", "floor"):
+            _check_above_0("adaptive clipping", name, getattr(self, name))
+
+    def clip(self, groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Clip the gradients of the groups; returns whether any was scaled down."""
+        weights = [weight for group in groups for weight in group["params"]]
+        return clip_adaptively(weights, self.ratio, self.floor) > 0
+
 
 _ROUNDING_ROOM = 1e-6  # as in torch.nn.utils.clip_grad_norm_, to the last bit
 
@@ -130,8 +173,7 @@ def clip_adaptively(
         SettingsError: `ratio` or `floor` is not above 0.
     """
     for name, value in (("ratio", ratio), ("floor", floor)):
-        if not value > 0:
-            raise SettingsError(f"adaptive clipping needs {name} above 0; got {value}")
+        _check_above_0("adaptive clipping", name, value)
     clipped = 0
     for parameter in parameters:
         if parameter.grad is None:
@@ -158,6 +200,11 @@ def name_nonfinite(named: Iterable[tuple[str, torch.Tensor]]) -> tuple[str, ...]
         if parameter.grad is not None
         and not bool(torch.isfinite(_real_values(parameter.grad)).all())
     )
+
+
+def _check_above_0(what: str, name: str, value: float) -> None:
+    if not value > 0:
+        raise SettingsError(f"{what} needs {name} above 0; got {value}")
 
 
 def _row_norms(values: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ from castwise.errors import SettingsError, StepError
 if TYPE_CHECKING:
     from torch import nn
 
+    from castwise.optim.clipping import ByGroup, ByRow
     from castwise.optim.holding import HeldWeights
 
 
@@ -35,10 +36,12 @@ def refuse_loss(loss: object) -> None:
 
 
 def refuse_settings(
-    model: nn.Module, optimizer: torch.optim.Optimizer, clip_norm: float | None
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    clip_norm: float | ByGroup | ByRow | None,
 ) -> None:
     """Refuse an optimizer that a run cannot step, and a clip that is none."""
-    if clip_norm is not None and not clip_norm > 0:
+    if isinstance(clip_norm, int | float) and not clip_norm > 0:
         raise SettingsError(f"clip_norm needs to be above 0; got {clip_norm}")
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:

@@ -13,14 +13,17 @@ from typing import TYPE_CHECKING, Protocol, Self
 import torch
 
 from castwise.distributed.gradients import clip, unscale
-from castwise.errors import StepError
+from castwise.errors import SettingsError, StepError
+from castwise.fitting import is_sharded
 from castwise.loss_scale import NonFinite
+from castwise.optim.clipping import ByGroup, ByRow
 from castwise.training.admission import refuse_loss
 from castwise.training.outcome import Skipped, Stepped, skipped, writer_of
 from castwise.training.replay import Again, Explanation, explain, losses_of
 from castwise.training.state_watch import refuse_poisoned_weights, too_large_to_square
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from types import TracebackType
 
     from torch.autograd.graph import Node
@@ -130,13 +133,16 @@ class Step:
             watcher.gradients_ready(scale)
         finding = unscale(run.loss_scale, gradients)
         loss = float(torch.stack([each.float() for each in self._losses]).sum())
-        norm = math.nan
+        norm, clipped = math.nan, False
         if finding is None:
-            norm = clip(gradients.values(), run.clip_norm)
-            finding = too_large_to_square(gradients, norm, run.clip_norm)
+            norm, clipped = self._clipped(gradients)
+            finding = too_large_to_square(gradients, norm)
         gradients.clear()
         if finding is None:
-            self._outcome = self._update(norm, loss, scale)
+            self._update()
+            self._outcome = Stepped(
+                loss=loss, gradient_norm=norm, clipped=clipped, scale=scale
+            )
         else:
             explanation = self._left_alone(finding, scale)
             self._outcome = self._skipped(finding, explanation, loss, scale)
@@ -146,15 +152,28 @@ class Step:
             refuse_poisoned_weights(run.parameters())
         run._learn(finding)  # noqa: SLF001 -- as above
 
-    def _update(self, norm: float, loss: float, scale: float) -> Stepped:
+    def _clipped(self, gradients: Mapping[str, torch.Tensor]) -> tuple[float, bool]:
+        """Clip as the run was told; the global norm before, and whether it did."""
+        run = self._run
+        how = run.clip_norm
+        if not isinstance(how, ByGroup | ByRow):
+            norm = clip(gradients.values(), how)
+            return norm, how is not None and norm > how
+        if any(map(is_sharded, gradients.values())):
+            raise SettingsError(
+                f"{type(how).__name__} needs whole gradients, and these are cut over "
+                "processes; clip by their global norm, clip_norm=<number>"
+            )
+        norm = clip(gradients.values(), None)
+        return norm, how.clip(run.optimizer.param_groups)
+
+    def _update(self) -> None:
         run = self._run
         run._states.check(run.parameters())  # noqa: SLF001 -- a run and its step share it
         run.optimizer.step()
         run._states.remember()  # noqa: SLF001 -- as above
         for watcher in run.watchers:
             watcher.ends(stepped=True)
-        clipped = run.clip_norm is not None and norm > run.clip_norm
-        return Stepped(loss=loss, gradient_norm=norm, clipped=clipped, scale=scale)
 
     def _left_alone(self, finding: NonFinite, scale: float) -> Explanation:
         """End a step without an update, and find out why."""

@@ -21,6 +21,8 @@ from castwise.loss_scale import NonFinite, first_non_finite
 SQUARE_LIMIT = math.sqrt(torch.finfo(torch.float32).max)
 """A gradient beyond it is finite, and its square in a second moment is not."""
 
+_WIDE = (torch.float64, torch.complex128)
+
 
 class StateWatch:
     """Watches the moments of one optimizer."""
@@ -86,22 +88,22 @@ def refuse_poisoned_weights(weights: Mapping[str, torch.Tensor]) -> None:
 
 
 def too_large_to_square(
-    gradients: Mapping[str, torch.Tensor], norm: float, clip_norm: float | None
+    gradients: Mapping[str, torch.Tensor], norm: float
 ) -> NonFinite | None:
     """Find a gradient whose square overflows the fp32 of a second moment.
 
     Args:
-        gradients: As they will be given to the optimizer, before clipping.
-        norm: Their global norm, before clipping.
-        clip_norm: What they will be clipped to.
+        gradients: As they will be given to the optimizer, finite and clipped.
+        norm: Their global norm before clipping, which is known already.
     """
-    if norm < SQUARE_LIMIT or clip_norm is not None:
+    if norm < SQUARE_LIMIT:
         return None
-    for name, gradient in gradients.items():
-        values = local_part(gradient).detach()
-        values = values._values() if values.is_sparse else values  # noqa: SLF001 -- the only view
+    parts = {name: local_part(each).detach() for name, each in gradients.items()}
+    low = {n: each for n, each in parts.items() if each.dtype not in _WIDE}
+    for name, part in low.items():
+        values = part._values() if part.is_sparse else part  # noqa: SLF001 -- the only view
         largest = float(values.abs().max()) if values.numel() else 0.0
-        if largest >= SQUARE_LIMIT and values.dtype is not torch.float64:
+        if largest >= SQUARE_LIMIT:
             cause = f"it is {largest:.3g}, whose square fp32 does not hold"
             return NonFinite(parameter=name, kind="inf", cause=cause)
     return None

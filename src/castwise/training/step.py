@@ -27,6 +27,7 @@ from castwise.errors import PolicyError, StepError
 from castwise.fitting import device_of, fit_to_device, refuse_sharded_storage
 from castwise.islands import AppliedPolicy, apply_policy, module_facts
 from castwise.loss_scale import LossScale, NonFinite, loss_scale_of
+from castwise.optim.clipping import ByGroup, ByRow
 from castwise.region import Region
 from castwise.training.admission import refuse_settings, refuse_stale_state
 from castwise.training.in_force import PrecisionInForce, held_formats
@@ -74,7 +75,7 @@ class Run:
         loss_scale_decision: Decision[str],
         storage: StorageInForce,
         device: torch.device,
-        clip_norm: float | None,
+        clip_norm: float | ByGroup | ByRow | None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -331,7 +332,7 @@ def prepare(
     optimizer: torch.optim.Optimizer,
     policy: Policy,
     *,
-    clip_norm: float | None = None,
+    clip_norm: float | ByGroup | ByRow | None = None,
     loss_scale: LossScale | None = None,
     device: str | torch.device | None = None,
     phase: str = "full",
@@ -343,7 +344,8 @@ def prepare(
         model: Any module tree; its code stays as it is.
         optimizer: Built before or after; parameters keep their identity.
         policy: What runs in which format.
-        clip_norm: Largest global norm of the gradients. Default: not clipped.
+        clip_norm: Largest global norm of the gradients, or how to clip them otherwise
+            (`ByGroup`, `ByRow`). Default: not clipped.
         loss_scale: Default: what the policy says, or else what its formats need.
         device: Where the model is moved to. Default: where it is.
         phase: The phase to begin in.
