@@ -47,26 +47,18 @@ def relative_error(candidate: Any, reference: Any) -> float:
     Infinite where the candidate is not finite and the reference is, or where the
     reference is zero and the candidate is not.
     """
-    error = norm = 0.0
-    for got, wanted in _pairs(candidate, reference):
-        error = math.hypot(error, _norm(_difference(got, wanted)))
-        norm = math.hypot(norm, _norm(wanted))
-    return _ratio(error, norm)
+    return _relative(_compared(candidate, reference))
 
 
 def maximum_error(candidate: Any, reference: Any) -> float:
     """The largest error of an element over the largest element of the reference."""
-    error = norm = 0.0
-    for got, wanted in _pairs(candidate, reference):
-        error = max(error, _largest(_difference(got, wanted)))
-        norm = max(norm, _largest(wanted))
-    return _ratio(error, norm)
+    return _maximum(_compared(candidate, reference))
 
 
 def absolute_error(candidate: Any, reference: Any) -> float:
     """The largest error of an element."""
-    pairs = _pairs(candidate, reference)
-    return max((_largest(_difference(*pair)) for pair in pairs), default=0.0)
+    compared = _compared(candidate, reference)
+    return max((_largest(each.error) for each in compared), default=0.0)
 
 
 def ulp_error(candidate: Any, reference: Any, fmt: str | Format = "fp32") -> float:
@@ -77,12 +69,7 @@ def ulp_error(candidate: Any, reference: Any, fmt: str | Format = "fp32") -> flo
         reference: What is right.
         fmt: The format whose units count; below its normal range they are constant.
     """
-    chosen = parse_format(fmt)
-    worst = 0.0
-    for got, wanted in _pairs(candidate, reference):
-        error = _difference(_as_real(got), _as_real(wanted))
-        worst = max(worst, _largest(error / _ulp(_as_real(wanted), chosen)))
-    return worst
+    return _ulps(_compared(candidate, reference), parse_format(fmt))
 
 
 def cosine(candidate: Any, reference: Any) -> float:
@@ -90,19 +77,7 @@ def cosine(candidate: Any, reference: Any) -> float:
 
     NaN where one of them is not finite or only one is zero.
     """
-    pairs = list(_pairs(candidate, reference))
-    norms = [math.hypot(*map(_norm, side)) for side in zip(*pairs, strict=True)]
-    if not any(norms):
-        return 1.0
-    if not all(map(math.isfinite, norms)) or not all(norms):
-        return math.nan
-    return sum(
-        float(
-            (_as_real(got) / norms[0]).flatten()
-            @ (_as_real(wanted) / norms[1]).flatten()
-        )
-        for got, wanted in pairs
-    )
+    return _cosine(_compared(candidate, reference))
 
 
 def share_nonfinite(values: Any) -> float:
@@ -170,11 +145,12 @@ def measure(candidate: Any, reference: Any, fmt: str | Format = "fp32") -> Measu
     Raises:
         TargetError: Structures or shapes differ.
     """
+    compared = _compared(candidate, reference)
     return Measures(
-        relative=relative_error(candidate, reference),
-        maximum=maximum_error(candidate, reference),
-        ulp=ulp_error(candidate, reference, fmt),
-        cosine=cosine(candidate, reference),
+        relative=_relative(compared),
+        maximum=_maximum(compared),
+        ulp=_ulps(compared, parse_format(fmt)),
+        cosine=_cosine(compared),
         nonfinite=share_nonfinite(candidate),
         zero=share_zero(candidate),
         reference_zero=share_zero(reference),
@@ -237,10 +213,17 @@ def tensors_of(values: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]
             yield from tensors_of(value, f"{path}[{index}]")
 
 
-def _pairs(
-    candidate: Any, reference: Any
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Walk two structures side by side, in float64 or complex128."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Compared:
+    """Two tensors side by side in float64 or complex128, and how far they are apart."""
+
+    got: torch.Tensor
+    wanted: torch.Tensor
+    error: torch.Tensor
+
+
+def _compared(candidate: Any, reference: Any) -> list[_Compared]:
+    """Walk two structures side by side."""
     left, right = list(tensors_of(candidate)), list(tensors_of(reference))
     if [path for path, _ in left] != [path for path, _ in right]:
         raise TargetError(
@@ -248,14 +231,54 @@ def _pairs(
             f"and {len(right)} floating tensors at {[path for path, _ in left][:4]} "
             f"and {[path for path, _ in right][:4]}"
         )
-    for (path, got), (_, wanted) in zip(left, right, strict=True):
-        if got.shape != wanted.shape:
+    found = []
+    for (path, one), (_, other) in zip(left, right, strict=True):
+        if one.shape != other.shape:
             raise TargetError(
                 f"candidate and reference must have the same shapes, got "
-                f"{tuple(got.shape)} and {tuple(wanted.shape)} at "
+                f"{tuple(one.shape)} and {tuple(other.shape)} at "
                 f"{path or 'the output'}"
             )
-        yield _wide(got), _wide(wanted)
+        got, wanted = _wide(one), _wide(other)
+        found.append(_Compared(got=got, wanted=wanted, error=_difference(got, wanted)))
+    return found
+
+
+def _relative(compared: list[_Compared]) -> float:
+    error = math.hypot(*(_norm(each.error) for each in compared))
+    return _ratio(error, math.hypot(*(_norm(each.wanted) for each in compared)))
+
+
+def _maximum(compared: list[_Compared]) -> float:
+    error = max((_largest(each.error) for each in compared), default=0.0)
+    return _ratio(error, max((_largest(e.wanted) for e in compared), default=0.0))
+
+
+def _ulps(compared: list[_Compared], fmt: Format) -> float:
+    worst = 0.0
+    for each in compared:
+        error = each.error
+        if each.got.is_complex():
+            error = _difference(_as_real(each.got), _as_real(each.wanted))
+        if _largest(error):
+            worst = max(worst, _largest(error / _ulp(_as_real(each.wanted), fmt)))
+    return worst
+
+
+def _cosine(compared: list[_Compared]) -> float:
+    sizes = [(_norm(each.got), _norm(each.wanted)) for each in compared]
+    norms = [math.hypot(*side) for side in zip(*sizes, strict=True)]
+    if not any(norms):
+        return 1.0
+    if not all(map(math.isfinite, norms)) or not all(norms):
+        return math.nan
+    return sum(
+        float(
+            (_as_real(each.got) / norms[0]).flatten()
+            @ (_as_real(each.wanted) / norms[1]).flatten()
+        )
+        for each in compared
+    )
 
 
 def _wide(values: torch.Tensor) -> torch.Tensor:
@@ -268,13 +291,19 @@ def _difference(got: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
 
     Two equal infinities, and NaN where NaN is right, are no error.
     """
+    plain = (got - wanted).abs()
+    if math.isfinite(_largest(plain)):
+        return plain
     same = (got == wanted) | (torch.isnan(got) & torch.isnan(wanted))
-    error = torch.where(same, torch.zeros_like(got), got - wanted).abs()
+    error = torch.where(same, torch.zeros_like(plain), plain)
     return torch.where(torch.isnan(error), torch.full_like(error, math.inf), error)
 
 
 def _norm(values: torch.Tensor) -> float:
     """The Euclidean norm, which overflows only where the norm itself does."""
+    norm = float(torch.linalg.vector_norm(values))
+    if 1e-140 < norm < math.inf:
+        return norm
     largest = _largest(values)
     if largest == 0 or not math.isfinite(largest):
         return largest
@@ -282,7 +311,12 @@ def _norm(values: torch.Tensor) -> float:
 
 
 def _largest(values: torch.Tensor) -> float:
-    return float(values.abs().max()) if values.numel() else 0.0
+    if not values.numel():
+        return 0.0
+    if values.is_complex():
+        return float(values.abs().max())
+    low, high = torch.aminmax(values)
+    return max(-float(low), float(high)) if low == low else math.nan  # noqa: PLR0124 -- NaN
 
 
 def _as_real(values: torch.Tensor) -> torch.Tensor:
