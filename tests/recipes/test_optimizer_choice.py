@@ -16,6 +16,7 @@ from castwise.recipes.optimizer_choice import (
     OptimizerChoice,
     build_optimizer,
     decay_groups,
+    refuse_missing,
 )
 from castwise.training.step import prepare
 
@@ -121,6 +122,15 @@ def test_a_missing_package_is_one_sentence_or_a_recorded_fallback(name: str) -> 
     )
     with pytest.raises(MissingExtraError, match=f"{name} needs.*fallback {OTHERS[0]}"):
         OptimizerChoice(name=name, fallback=OTHERS[0]).decide(otherwise="torch")
+
+
+@pytest.mark.usefixtures("bare")
+def test_a_run_whose_package_is_gone_cannot_go_on() -> None:
+    """Its states are those of that optimizer; nothing may take their place."""
+    for name in OURS:
+        refuse_missing(name)
+    with pytest.raises(MissingExtraError, match="stepped by bnb8bit, which needs the"):
+        refuse_missing("bnb8bit")
 
 
 def test_a_package_that_does_not_load_is_missing_too(

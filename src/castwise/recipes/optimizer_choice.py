@@ -110,6 +110,20 @@ class OptimizerChoice:
         )
 
 
+def refuse_missing(name: str) -> None:
+    """Refuse to go on with an optimizer whose package is gone.
+
+    Raises:
+        MissingExtraError: It cannot be imported here.
+    """
+    missing = _why_missing(name)
+    if missing is not None:
+        raise MissingExtraError(
+            f"this run was stepped by {name}, which {missing}; run `pip install "
+            f"{OPTIMIZERS[name].package}` to go on with it."
+        )
+
+
 def build_optimizer(
     name: str, groups: Groups, *, lr: float, betas: tuple[float, float]
 ) -> torch.optim.Optimizer:

@@ -40,6 +40,7 @@ from castwise.recipes.optimizer_choice import (
     OptimizerChoice,
     build_optimizer,
     decay_groups,
+    refuse_missing,
 )
 from castwise.recipes.precision_choice import PrecisionChoice
 from castwise.recipes.watch_story import journaled_watch
@@ -269,6 +270,7 @@ def _stored_optimizer(facts: Mapping[str, Any]) -> Decision[str]:
     stored = facts.get("optimizer")
     if stored is None:  # the first version of this recipe knew no other
         return Decision(DEFAULT_OPTIMIZER, "the recipe's own choice")
+    refuse_missing(stored["in_force"])
     return Decision(stored["in_force"], stored["because"])
 
 
