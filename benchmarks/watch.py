@@ -3,11 +3,11 @@
     python benchmarks/watch.py
 
 Two models, each trained by `castwise.prepare` in bf16-mixed with AdamW. Steps without a
-watch, idle steps under one, and sampled steps (a window each) take turns in one
-process; ratios of medians of CPU time, and the quartiles of the paired ratios. The
-rival is what a loop does that asks the same of every whole tensor: hooks on the same
-modules, and `bincount` of the exponents of weights, gradients, outputs and gradients of
-outputs in full.
+watch, idle steps under one, sampled steps (a window each), and steps that a sentinel
+guards without and with a probe of every module take turns in one process; ratios of
+medians of CPU time, and the quartiles of the paired ratios. The rival is what a loop
+does that asks the same of every whole tensor: hooks on the same modules, and `bincount`
+of the exponents of weights, gradients, outputs and gradients of outputs in full.
 """
 
 from __future__ import annotations
@@ -111,6 +111,13 @@ def seconds(run: cw.Run, loss: Loss) -> float:
     return time.process_time() - start
 
 
+def guarded_seconds(guard: cw.Sentinel, loss: Loss) -> float:
+    """CPU time of one step that a sentinel guards."""
+    start = time.process_time()
+    guard.step(loss)
+    return time.process_time() - start
+
+
 def ratios(name: str, plain: list[float], other: list[float]) -> str:
     """Ratio of medians, and quartiles of the paired ratios."""
     pairs = [b / a for a, b in zip(plain, other, strict=True)]
@@ -140,7 +147,12 @@ def main() -> None:
         model, loss = build()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         run = cw.prepare(model, optimizer, cw.preset("bf16-mixed"))
-        times: dict[str, list[float]] = {"none": [], "idle": [], "look": [], "full": []}
+        kinds = ("none", "idle", "look", "full", "guarded", "probed")
+        times: dict[str, list[float]] = {kind: [] for kind in kinds}
+        guard = cw.Sentinel(run, cw.SentinelSettings(probe_every=0))
+        probing = cw.Sentinel(run, cw.SentinelSettings(probe_every=1))
+        guarded_seconds(guard, loss)  # the copies are made once
+        guarded_seconds(probing, loss)
         for _ in range(3):
             seconds(run, loss)
         for _ in range(num_turns):
@@ -153,6 +165,8 @@ def main() -> None:
             run.watchers.append(InFull(model))
             times["full"].append(seconds(run, loss))
             run.watchers.clear()
+            times["guarded"].append(guarded_seconds(guard, loss))
+            times["probed"].append(guarded_seconds(probing, loss))
         told = len(watching.windows[-1].tensors)
         step = statistics.median(times["none"])
         idle = idle_microseconds(run)
@@ -161,7 +175,9 @@ def main() -> None:
             f"{ratios('idle', times['none'], times['idle'])} "
             f"(told in {idle:.1f} us, {1e-4 * idle / step:.4f} % of a step); "
             f"{ratios('sampled', times['none'], times['look'])}; "
-            f"{ratios('in full', times['none'], times['full'])}"
+            f"{ratios('in full', times['none'], times['full'])}; "
+            f"{ratios('guarded', times['none'], times['guarded'])}; "
+            f"{ratios('probed', times['none'], times['probed'])}"
         )
 
 
