@@ -597,6 +597,94 @@ def test_model_that_refuses_fp64_is_told_with_the_operator() -> None:
     assert result.floor["gradient"] == 0
 
 
+class Cached(nn.Module):
+    """Appends to a cache that it is handed, as attention does when it generates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
+        """Sum over all that was cached so far."""
+        cache = cache or Cache()
+        cache.kept.append(self.inner(x))
+        return torch.stack(cache.kept).sum(0)
+
+
+class Cache:
+    """Tensors of earlier calls."""
+
+    def __init__(self) -> None:
+        self.kept: list[torch.Tensor] = []
+
+
+class Caching(nn.Module):
+    """Hands one cache to two modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Cached(), Cached()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Call both."""
+        cache = Cache()
+        return self.second(self.first(x, cache), cache=cache)
+
+
+def test_replays_do_not_grow_a_cache_that_a_module_appends_to() -> None:
+    """A module is replayed on the cache as it stood when it was called."""
+    model, batches = build(planted=False)
+    model.planted = Caching()
+    result = search(
+        model, batches, cross_entropy, Budget(gradient=5e-2), settings=QUICK
+    )
+    assert set(chosen(result).values()) == {"bf16"}
+    used = {unit.fqn: unit.errors["bf16"] for unit in result.units}
+    assert 0 < used["planted.second"] < 1
+
+
+def test_module_that_cannot_be_replayed_alone_is_held_high() -> None:
+    """What depends on more than its inputs is not scored, and the reason is told."""
+
+    class Counted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(WIDTH, WIDTH)
+            self.is_armed = False
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if not self.is_armed:
+                raise RuntimeError("called out of order")
+            self.is_armed = False
+            return self.inner(x) * 1.5
+
+    class Arms(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.counted = Counted()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.counted.is_armed = True
+            return self.counted(x)
+
+    model, batches = build(planted=False)
+    model.planted = Arms()
+    result = search(model, batches, cross_entropy, Budget(gradient=0.5), settings=QUICK)
+    unit = next(unit for unit in result.units if unit.fqn == "planted.counted")
+    assert unit.chosen == "fp32"
+    assert unit.because == "cannot be replayed alone: called out of order"
+
+
+def test_compiled_model_is_searched_as_the_model_that_it_compiles() -> None:
+    """Names in the policy are those of the user's model; nothing is compiled."""
+    model, batches = build(planted=False)
+    compiled = torch.compile(model, backend="eager")
+    result = search(
+        compiled, batches, cross_entropy, Budget(gradient=0.1), settings=QUICK
+    )
+    assert "attention.query" in chosen(result)
+
+
 @pytest.mark.parametrize("text", ["gradient", "weights=1", "gradient=x", "loss=-1", ""])
 def test_bad_budgets_are_refused(text: str) -> None:
     """Each with a sentence."""

@@ -40,6 +40,9 @@ from castwise.policy.precision import Precision
 from castwise.policy.rules import Policy
 from castwise.region import Region
 
+# what a module raises that depends on more than its inputs, or refuses a format
+_REFUSALS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rounding:
@@ -62,8 +65,10 @@ def play_all(
     candidate: Candidate | None,
     default: Candidate,
     handovers: Handovers,
-) -> Iterator[tuple[Unit, list[Played]]]:
+) -> Iterator[tuple[Unit, list[Played] | str]]:
     """Replay every unit alone, in one candidate or, with None, in the reference.
+
+    What cannot run so yields the reason instead.
 
     In the default's format a unit is given what others hand out, already rounded, and
     so do the modules in it; that rounding is theirs. So in the reference the same is
@@ -80,13 +85,15 @@ def play_all(
     bench.num_steps += 1
     for unit, region, formats in isolated(bench, units, candidate, default, handovers):
         module = bench.model.get_submodule(unit.fqn)
-        yield (
-            unit,
-            [
+        try:
+            played = [
                 play(bench, region, module, call, formats[at])
                 for at, call in enumerate(calls[unit.fqn])
-            ],
-        )
+            ]
+        except _REFUSALS as error:
+            yield unit, f"cannot be replayed alone: {_first_line(error)}"
+        else:
+            yield unit, played
 
 
 def isolated(
@@ -248,15 +255,26 @@ def first_name(model: nn.Module, fqn: str) -> str:
     return found
 
 
+def _first_line(error: Exception) -> str:
+    line = str(error).strip().partition("\n")[0]
+    return " ".join(line.split())[:120] or type(error).__name__
+
+
 def any_of(names: Sequence[str]) -> str:
     """A module key that names exactly these modules."""
     return f"{REGEX_MARK}({'|'.join(map(re.escape, names))})"
 
 
-def rounding_between(low: Sequence[Played], wide: Sequence[Played]) -> Rounding | None:
-    """What a candidate changed; None where it is not finite."""
+def rounding_between(
+    low: Sequence[Played] | str, wide: Sequence[Played] | str, name: str
+) -> Rounding | str:
+    """What a candidate changed, or why it cannot be told."""
+    if isinstance(low, str):
+        return low
+    if isinstance(wide, str):
+        return wide
     if not all(played.is_finite() for played in low):
-        return None
+        return f"not finite in {name}"
     pairs = list(zip(low, wide, strict=True))
     omegas: list[torch.Tensor | None] = [None] * len(low[0].weights)
     for one, other in pairs:

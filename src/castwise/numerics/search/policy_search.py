@@ -130,6 +130,7 @@ def search(
     """
     settings = settings or SearchSettings()
     check_cost_model(cost)
+    model = getattr(model, "_orig_mod", model)  # a compiled model runs uncompiled here
     checked = checked_batches(batches, what="a search", at_least=1)
     device = next((weight.device for weight in model.parameters()), torch.device("cpu"))
     begin = time.perf_counter()

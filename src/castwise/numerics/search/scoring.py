@@ -174,7 +174,7 @@ class Scoring:
         """Replay all units; say what rounding changes, and what of it meets weights."""
         bench, calls = self._bench, captured.calls
         places = {id(weight): at for at, weight in enumerate(bench.weights)}
-        wide: dict[bool, dict[str, list[Played]]] = {}
+        wide: dict[bool, dict[str, list[Played] | str]] = {}
         values: dict[Key, Score] = {}
         roundings: dict[Key, Rounding] = {}
         along: dict[Key, list[float]] = {}
@@ -189,9 +189,11 @@ class Scoring:
                 bench, units, calls, candidate, self._default, seen
             ):
                 key = unit.fqn, candidate.name
-                rounding = rounding_between(played, wide[is_default][unit.fqn])
-                values[key] = _first_look(captured, unit, candidate, rounding)
-                if rounding is not None:
+                rounding = rounding_between(
+                    played, wide[is_default][unit.fqn], candidate.name
+                )
+                values[key] = _first_look(captured, unit, rounding)
+                if not isinstance(rounding, str):
                     module = bench.model.get_submodule(unit.fqn)
                     along[key] = weight_products(module, rounding, signs, places)
                     roundings[key] = rounding
@@ -243,18 +245,10 @@ class Scoring:
         return [each["turned"] for each in found]
 
 
-def _first_look(
-    captured: Captured, unit: Unit, candidate: Candidate, rounding: Rounding | None
-) -> Score:
+def _first_look(captured: Captured, unit: Unit, rounding: Rounding | str) -> Score:
     """What the reference step alone tells of a rounding."""
-    if rounding is None:
-        return Score(
-            gradient=(),
-            output=(),
-            loss=0.0,
-            fisher=0.0,
-            forced=f"not finite in {candidate.name}",
-        )
+    if isinstance(rounding, str):
+        return Score(gradient=(), output=(), loss=0.0, fisher=0.0, forced=rounding)
     loss = fisher = 0.0
     for call, deltas in zip(captured.calls[unit.fqn], rounding.deltas, strict=True):
         for gradient, delta in zip(call.gradients, deltas, strict=True):
