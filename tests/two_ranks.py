@@ -58,12 +58,13 @@ class TwoRanks:
         return zero, one
 
     def stop(self) -> None:
-        """Kill the processes; the next scene starts new ones."""
+        """End the processes, by force if need be; the next scene starts new ones."""
+        for connection in self._connections:
+            connection.close()  # who waits for a scene ends by that
         for process in self._processes:
+            process.join(1)
             process.kill()
             process.join()
-        for connection in self._connections:
-            connection.close()
         self._processes, self._connections = [], []
 
     def _start(self) -> None:
@@ -107,6 +108,7 @@ def _work(rank: int, store: str, connection: Connection) -> None:
         try:
             path, name, args = connection.recv()
         except EOFError:
+            distributed.destroy_process_group()
             return
         try:
             torch.manual_seed(0)

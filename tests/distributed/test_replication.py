@@ -66,6 +66,25 @@ def backward_of(rank: int, name: str) -> tuple[set[str], dict[str, torch.Tensor]
     return sent, gradients
 
 
+def compiled_run(rank: int) -> dict[str, Any]:
+    """DDP in front, compiled; its messages are traced or not, as Dynamo likes."""
+    torch.compiler.reset()
+    model, policy = net(), policy_of("bf16-mixed fp32")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    run = cw.prepare(model, optimizer, policy)
+    ddp = torch.compile(replicate(model, policy), backend="aot_eager")
+    found = train(model, run, lambda: [loss_of(ddp(ROWS[rank]))])
+    torch.compiler.reset()
+    return found
+
+
+def test_the_replicated_model_may_be_compiled(two_ranks: TwoRanks) -> None:
+    """In the formats of eager code."""
+    expected = whole_run("bf16-mixed fp32")
+    for found in two_ranks(compiled_run):
+        assert_close(found, expected, LAST_BITS)
+
+
 def alone(name: str, rows: torch.Tensor) -> dict[str, torch.Tensor]:
     """The gradients of one batch."""
     model, policy = net(), policy_of(name)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import distributed
+from torch import distributed, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 import castwise as cw
@@ -132,6 +132,115 @@ def test_weights_travel_low_and_gradients_as_the_policy_says(
     true, _ = two_ranks(messages, "bf16-true fp32", "low")
     reduced = {each[1] for each in true if "reduce_scatter" in each[0]}
     assert reduced == {"torch.bfloat16", "torch.float32"}
+
+
+def wholly_compiled_run(rank: int) -> dict[str, Any]:
+    """The sharded model compiled from outside, with breaks where FSDP2 gathers."""
+    torch.compiler.reset()
+    model, policy = net(), policy_of("bf16-mixed fp32")
+    shard(model, policy)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    run = cw.prepare(model, optimizer, policy)
+    compiled = torch.compile(model, backend="aot_eager")
+    found = train(model, run, lambda: [loss_of(compiled(ROWS[rank]))])
+    torch.compiler.reset()
+    return found
+
+
+def test_the_whole_model_may_be_compiled_in_pieces(two_ranks: TwoRanks) -> None:
+    """In the same formats: Dynamo steps aside where weights come and go."""
+    expected = whole_run("bf16-mixed fp32")
+    for found in two_ranks(wholly_compiled_run):
+        assert_close(found, expected, LAST_BITS)
+
+
+def hybrid_run(rank: int, shape: tuple[int, int]) -> dict[str, Any]:
+    """Replicas of shards, clipped: one of the two axes has one process."""
+    model, policy = net(), policy_of("bf16-mixed fp32")
+    names = ("replicas", "shards")
+    mesh = distributed.init_device_mesh("cpu", shape, mesh_dim_names=names)
+    shard(model, policy, mesh=mesh)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    run = cw.prepare(model, optimizer, policy, clip_norm=0.05)
+    return train(model, run, lambda: [loss_of(model(ROWS[rank]))])
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (1, 2)])
+def test_shards_may_have_replicas(two_ranks: TwoRanks, shape: tuple[int, int]) -> None:
+    """The norm is summed over shards, and not once for each replica."""
+    expected = whole_run("bf16-mixed fp32", clip_norm=0.05)
+    for found in two_ranks(hybrid_run, shape):
+        assert found["norms"] == pytest.approx(expected["norms"], rel=1e-3)
+        assert_close(found, expected, 2.0**-8)
+
+
+def complex_run(rank: int) -> dict[str, Any]:
+    """A spectral module, whose weights are complex, behind a product."""
+    torch.manual_seed(0)
+    model, policy = nn.Sequential(nn.Linear(5, 7), Spectral()), cw.preset("bf16-mixed")
+    if rank >= 0:
+        shard(model, policy)
+    run = cw.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1), policy)
+    rows = [ROWS[rank]] if rank >= 0 else list(ROWS)
+    return train(model, run, lambda: [model(x).square().mean() for x in rows])
+
+
+class Spectral(nn.Module):
+    """Magnitudes of a complex product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(7, 7, dtype=torch.complex64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """|x W|."""
+        y: torch.Tensor = (x.to(torch.complex64) @ self.weight).abs()
+        return y
+
+
+def test_complex_weights_are_sharded_whole(two_ranks: TwoRanks) -> None:
+    """Neither their imaginary part nor a digit is lost on the way."""
+    expected = complex_run(-1)
+    for found in two_ranks(complex_run):
+        for kind in ("gradients", "weights"):
+            for name, value in expected[kind].items():
+                torch.testing.assert_close(found[kind][name], value)
+
+
+def skipping_run(rank: int) -> dict[str, Any]:
+    """In the second of three steps one shard of one process holds a NaN."""
+    model, policy = net(), policy_of("16-mixed fp32")
+    shard(model, policy)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    run = cw.prepare(model, optimizer, policy, clip_norm=1.0)
+    weights, outcomes = [], []
+    for number in range(3):
+        with run.step() as step:
+            step.backward(loss_of(model(ROWS[rank])))
+            if number == rank == 1:
+                model.leave.bias.grad.to_local()[-1] = float("nan")
+        outcomes.append(step.outcome)
+        weights.append(whole(model.enter.weight).detach().clone())
+    skipped = outcomes[1]
+    assert isinstance(skipped, cw.Skipped)
+    return {
+        "kinds": [type(each).__name__ for each in outcomes],
+        "parameter": skipped.parameter,
+        "weights": weights,
+        "scale": run.loss_scale.scale,
+    }
+
+
+def test_all_processes_skip_a_step_that_one_of_them_must_skip(
+    two_ranks: TwoRanks,
+) -> None:
+    """And all back off, so that their weights stay the same."""
+    for found in two_ranks(skipping_run):
+        assert found["kinds"] == ["Stepped", "Skipped", "Stepped"]
+        assert found["parameter"] == "leave.bias"
+        assert torch.equal(found["weights"][0], found["weights"][1])
+        assert not torch.equal(found["weights"][1], found["weights"][2])
+        assert found["scale"] == 2.0**15
 
 
 def accumulated(rank: int) -> dict[str, torch.Tensor]:

@@ -105,11 +105,10 @@ class _Plan:
         self.islands: set[str] = set()
         self.whole: set[str] = set()  # islands that need all their weights at once
         for layout in lay_out(model, bound, "cpu").values():  # no device matters here
-            self.islands |= {*layout.borders, *layout.second}
+            borders = {f: b for f, b in layout.borders.items() if not b.is_inner}
+            self.islands |= {*borders, *layout.own_backward}
             self.whole |= layout.own_backward
-            self.whole |= {
-                f for f, each in layout.borders.items() if each.casts_weights
-            }
+            self.whole |= {fqn for fqn, each in borders.items() if each.casts_weights}
         self.reasons: dict[str, str] = {}  # of units, and then of all groups
         self.unit_of: dict[str, str] = {}
         self.formats: dict[str, WeightFormats] = {}  # of groups
