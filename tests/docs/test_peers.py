@@ -38,9 +38,10 @@ def test_the_tables_of_the_page_are_those_of_the_record(
     from peer_page import tables
 
     made = tables(RECORD)
-    assert list(made) == re.findall(r"<!-- ((?!end)\w+) -->\n", PAGE)
-    for name, text in made.items():
-        assert f"<!-- {name} -->\n{text}<!-- end -->" in PAGE, name
+    places = re.findall(r"<!-- ((?!end)\w+) -->\n", PAGE)
+    assert set(places) >= set(made)
+    for name in places:
+        assert f"<!-- {name} -->\n{made.get(name, '')}<!-- end -->" in PAGE, name
 
 
 def test_the_record_answers_every_question_of_the_benchmark(peers: Any) -> None:
