@@ -25,6 +25,21 @@ def build():
 """
 
 
+PLAIN = """castwise: 1
+name: plain
+default: bf16
+storage: plain
+"""
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> tuple[str, str]:
+    """A policy under which updates are lost."""
+    path = tmp_path / "plain.yaml"
+    path.write_text(PLAIN)
+    return "--policy", str(path)
+
+
 @pytest.fixture
 def target(tmp_path: Path) -> str:
     """A model that is clean in bf16-mixed and not in bf16-true."""
@@ -51,11 +66,14 @@ def test_a_clean_model_leaves_with_0(
 
 
 def test_findings_leave_with_1_a_record_and_a_report(
-    target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    target: str,
+    plain: tuple[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Text, JSON and page say the same."""
     record, page = tmp_path / "found.json", tmp_path / "lint.html"
-    flags = ("--preset", "bf16-true", "--json", str(record), "--report", str(page))
+    flags = (*plain, "--json", str(record), "--report", str(page))
     code, out, _ = run(capsys, "lint", target, *flags)
     assert code == 1
     assert "lost-update: parameter 1.weight (bf16)" in out
@@ -69,7 +87,7 @@ def test_findings_leave_with_1_a_record_and_a_report(
 
 
 def test_a_silence_with_a_reason_turns_the_verdict(
-    target: str, capsys: pytest.CaptureFixture[str]
+    target: str, plain: tuple[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What is silenced is still said, with its reason."""
     flags = [
@@ -78,7 +96,7 @@ def test_a_silence_with_a_reason_turns_the_verdict(
         "--silence",
         "lost-update@1.*=norms stay at 1 here",
     ]
-    code, out, _ = run(capsys, "lint", target, "--preset", "bf16-true", *flags)
+    code, out, _ = run(capsys, "lint", target, *plain, *flags)
     assert code == 0
     assert "silenced, norms stay at 1 here: lost-update" in out
 

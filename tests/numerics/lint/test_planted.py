@@ -19,6 +19,8 @@ from castwise.policy import Policy, preset
 BF16 = preset("bf16-mixed")
 FP16 = preset("16-mixed")
 FP32 = preset("32-true")
+PURE = preset("bf16-true").with_storage("plain")
+PURE_FP16 = preset("16-true").with_storage("plain")
 
 
 @pytest.fixture(autouse=True)
@@ -155,7 +157,7 @@ def test_a_norm_weight_at_one_does_not_move_below_half_an_ulp(
     """Half of the distance from 1 down to the next number of bf16 is 2^-9."""
     model = norm_model()
     optimizer = torch.optim.Adam(model.parameters(), lr=rate)
-    found = lint(model, preset("bf16-true"), optimizer).of("lost-update")
+    found = lint(model, PURE, optimizer).of("lost-update")
     assert ("1.weight" in {f.place for f in found}) is lost
 
 
@@ -164,12 +166,14 @@ def test_weights_that_are_held_with_their_remainder_lose_nothing() -> None:
     model = norm_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     assert lint(model, BF16, optimizer).is_clean
-    assert checks_of(lint(model, preset("bf16-true"), optimizer)) == {
+    assert checks_of(lint(model, PURE, optimizer)) == {
         "lost-update",
         "lost-decay",
     }
+    for storage in ("split", "kahan", "stochastic", "master"):
+        assert lint(model, PURE.with_storage(storage), optimizer).is_clean
     hold = cw.hold_weights(optimizer)
-    assert lint(model, preset("bf16-true"), optimizer).is_clean
+    assert lint(model, PURE, optimizer).is_clean
     hold.remove()
 
 
@@ -179,7 +183,7 @@ def test_sgd_is_judged_by_the_gradient_of_a_batch() -> None:
     nn.init.ones_(model.weight)
     slow = torch.optim.SGD(model.parameters(), lr=1e-6)
     fast = torch.optim.SGD(model.parameters(), lr=1.0)
-    pure = preset("bf16-true")
+    pure = PURE
     data = batch(9, 6)
     assert "lost-update" in checks_of(look(model, pure, slow, batches=data))
     assert "lost-update" not in checks_of(look(model, pure, fast, batches=data))
@@ -191,7 +195,7 @@ def test_decay_below_half_an_ulp_is_found(decay: float, lost: bool) -> None:
     """A rate of 3e-3 times 0.01 is 3e-5 of the weight; bf16 needs 2e-3."""
     model = norm_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=decay)
-    found = checks_of(lint(model, preset("bf16-true"), optimizer))
+    found = checks_of(lint(model, PURE, optimizer))
     assert ("lost-decay" in found) is lost
 
 
@@ -199,7 +203,7 @@ def test_decay_that_is_added_to_the_gradient_is_not_judged() -> None:
     """L2 regularisation goes through the moments, and is no change of its own."""
     model = norm_model()
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3, weight_decay=0.01)
-    assert "lost-decay" not in checks_of(lint(model, preset("bf16-true"), optimizer))
+    assert "lost-decay" not in checks_of(lint(model, PURE, optimizer))
 
 
 class Masked(nn.Module):
@@ -289,7 +293,7 @@ def test_an_optimizer_whose_eps_is_zero_in_its_states_is_found() -> None:
     model = nn.Linear(5, 3)
     usual = torch.optim.Adam(model.parameters(), lr=0.1)
     larger = torch.optim.Adam(model.parameters(), lr=0.1, eps=1e-4)
-    pure = preset("16-true")
+    pure = PURE_FP16
     assert "vanishing-eps" in checks_of(lint(model, pure, usual))
     assert "vanishing-eps" not in checks_of(lint(model, pure, larger))
     assert "vanishing-eps" not in checks_of(lint(model, FP16, usual))
@@ -493,7 +497,7 @@ def test_a_silence_needs_a_reason_and_is_listed() -> None:
     """By check, or by check at places; what it covers is still in the report."""
     model = norm_model()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-5)
-    pure = preset("bf16-true")
+    pure = PURE
     reason = "a master copy is kept elsewhere"
     report = lint(model, pure, optimizer, silence={"lost-update": reason})
     assert report.is_clean
@@ -524,7 +528,7 @@ def test_a_lint_leaves_the_model_as_it_was() -> None:
     before = {k: v.clone() for k, v in model.state_dict().items()}
     data = batch(4, 5)
     random = torch.get_rng_state()
-    look(model, preset("bf16-true"), optimizer, batches=data)
+    look(model, PURE, optimizer, batches=data)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(w.grad is None for w in model.parameters())
     assert torch.equal(torch.get_rng_state(), random)

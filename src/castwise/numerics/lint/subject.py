@@ -117,6 +117,14 @@ class Subject:
             for at, weight in enumerate(group["params"]):
                 yield names.get(id(weight), f"param_groups[...][{at}]"), weight, group
 
+    def is_kept(self, weight: str) -> bool:
+        """Whether the policy stores more of a weight than its 16 bits."""
+        place = weight.rpartition(".")[0]
+        place = f".{place}".partition(".parametrizations")[0].removeprefix(".")
+        bound = self.applied.bound
+        known = place in bound.governing
+        return known and bound.storage_of(place).value not in {None, "plain"}
+
     @property
     def is_held(self) -> bool:
         """Whether a weight storage keeps what 16 bits cannot hold."""

@@ -27,7 +27,10 @@ MOST = 0.5
 _SAMPLE = 65536
 _SIGNED = ("adam", "lion", "lamb", "adafactor", "adabelief", "signsgd")
 _DECOUPLED = ("AdamW", "Lion", "AdamW8bit", "AdamW4bit", "AdamWFp8", "SGDW")
-_HOLD = "hold the weights with cw.hold_weights(optimizer), or in fp32 (p=fp32)"
+_HOLD = (
+    "write storage: split in the policy, hold the weights with "
+    "cw.hold_weights(optimizer), or in fp32 (p=fp32)"
+)
 
 
 def lost_updates(subject: Subject) -> Iterator[Finding]:
@@ -153,7 +156,8 @@ def _plain_weights(
             known = FORMATS.get(format_name(weight)) is not None
         except FormatError:
             known = False
-        if known and weight.numel() and weight.requires_grad:
+        is_live = weight.numel() and weight.requires_grad
+        if known and is_live and not subject.is_kept(name):
             yield name, weight, group
 
 
