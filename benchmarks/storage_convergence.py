@@ -283,7 +283,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--only", default="", help="part of the names of the arms")
-    parser.add_argument("--json", type=Path, help="kept up to date, task by task")
+    parser.add_argument("--json", type=Path, help="kept up to date, seed by seed")
     settings = parser.parse_args()
     torch.set_num_threads(1)
     record: dict[str, Any] = {"tasks": {}}
@@ -291,38 +291,40 @@ def main() -> None:
         record = json.loads(settings.json.read_text())
     as_expected = True
     for name in settings.tasks.split(","):
-        told = measured(name, settings)
-        record["tasks"][name] = told
+        told: dict[str, Any] = {"arms": {}}
+        for told in measured(name, settings):
+            record["tasks"][name] = told
+            if settings.json:
+                settings.json.parent.mkdir(parents=True, exist_ok=True)
+                settings.json.write_text(json.dumps(record, indent=1) + "\n")
         print(f"\n{name}: held-out loss after {settings.steps} steps")
         for arm, row in told["arms"].items():
             losses = " ".join(f"{loss:9.4f}" for loss in row["losses"])
             print(f"{arm:40}{losses}{row['apart']:+10.4f}  {row['holds']}")
             must_hold = ARMS[arm].must_hold
             as_expected &= must_hold is None or row["holds"] is must_hold
-        if settings.json:
-            settings.json.parent.mkdir(parents=True, exist_ok=True)
-            settings.json.write_text(json.dumps(record, indent=1) + "\n")
     print("as expected" if as_expected else "NOT as expected")
     raise SystemExit(not as_expected)
 
 
-def measured(name: str, settings: argparse.Namespace) -> dict[str, Any]:
-    """Train all arms of one task, seed by seed."""
+def measured(name: str, settings: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Train all arms of one task, and yield the record after each seed."""
     task = TASKS[name]()
     rows: dict[str, Any] = {}
     wanted = [arm for arm in ARMS if settings.only in arm or arm == "fp32"]
-    for seed, arm in itertools.product(range(settings.seeds), wanted):
-        with evenly_spaced() if arm == CONTROL else nullcontext():
-            told = train(task, ARMS[arm], seed, settings.steps)
-        rows.setdefault(arm, []).append(told)
-        print(f"  {name} {seed} {arm:38} {told['loss']:.4f}", flush=True)
-    return {
-        "torch": str(torch.__version__),
-        "machine": platform.processor() or platform.machine(),
-        "steps": settings.steps,
-        "close": CLOSE,
-        "arms": judged(rows),
-    }
+    for seed in range(settings.seeds):
+        for arm in wanted:
+            with evenly_spaced() if arm == CONTROL else nullcontext():
+                told = train(task, ARMS[arm], seed, settings.steps)
+            rows.setdefault(arm, []).append(told)
+            print(f"  {name} {seed} {arm:38} {told['loss']:.4f}", flush=True)
+        yield {
+            "torch": str(torch.__version__),
+            "machine": platform.processor() or platform.machine(),
+            "steps": settings.steps,
+            "close": CLOSE,
+            "arms": judged(rows),
+        }
 
 
 def judged(rows: dict[str, list[dict[str, float]]]) -> dict[str, Any]:

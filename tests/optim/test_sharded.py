@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from castwise.errors import WeightStorageError
 from castwise.optim import AdamW, HeldWeights, SweepSettings, hold_weights
 from castwise.optim.shards import is_sharded
 from two_ranks import TwoRanks
@@ -237,6 +238,49 @@ def test_norms_and_infinities_are_those_of_all_processes(two_ranks: TwoRanks) ->
         assert "skipped" in found["outcome"]
         assert "parameter 0" in found["outcome"]
         assert found["untouched"]
+
+
+def released(rank: int) -> dict[str, Any]:
+    """Step every shard in the backward."""
+    del rank
+    model = net()
+    fully_shard(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    held = hold_weights(optimizer, release_gradients=True)
+    for step in range(3):
+        lot = torch.Generator().manual_seed(step)
+        x = torch.randn(16, 64, generator=lot).bfloat16()
+        model(x).float().square().mean().backward()
+    free = all(parameter.grad is None for parameter in model.parameters())
+    return {"weights": exact(model, held), "free": free}
+
+
+def test_gradients_of_shards_are_released_in_the_backward(two_ranks: TwoRanks) -> None:
+    """The same weights as by steps, and no gradient is left."""
+    model, optimizer, held = begin("split", "torch")
+    advance(model, optimizer, range(3))
+    expected = exact(model, held)
+    for found in two_ranks(released):
+        assert found["free"]
+        assert_same(found["weights"], expected)
+
+
+def wide_gradients(rank: int) -> str:
+    """Ask for gradients in a format that FSDP2 would not give."""
+    del rank
+    model = net()
+    fully_shard(model)
+    try:
+        hold_weights(torch.optim.SGD(model.parameters()), grad_format="fp32")
+    except WeightStorageError as error:
+        return str(error)
+    return "held"
+
+
+def test_gradients_of_shards_are_summed_by_fsdp2(two_ranks: TwoRanks) -> None:
+    """What cannot be honoured is refused, with the setting that does it."""
+    for told in two_ranks(wide_gradients):
+        assert "reduce_dtype=torch.float32" in told
 
 
 def too_late(rank: int) -> str:

@@ -325,6 +325,12 @@ class HeldWeights:
         gradient, parameter.grad = parameter.grad, None
         own = None
         if is_sharded(parameter):
+            if self._grad_format is not None:
+                raise WeightStorageError(
+                    "sharded parameters get their gradients from FSDP2, in the format "
+                    "of the weights; sum them in fp32 by MixedPrecisionPolicy("
+                    "reduce_dtype=torch.float32) instead of grad_format"
+                )
             change_format(parameter, dtype_of(fmt), storage.name)
         else:
             own = torch.empty_like(parameter, dtype=dtype_of(fmt)).detach()
