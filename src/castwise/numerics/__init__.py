@@ -17,4 +17,7 @@ Storey: above `region`, below `training`. Candidates come as callables.
     untouched.py      a model that a proof may run, and that is afterwards what it was
     diagnose.py       rounding, range or an algorithm that fails: why something broke
     validate.py       errors under a policy against float64, beside those of fp32
+    lint/             mistakes of precision that can be seen before the first step
+    exponents.py      histograms that answer for every format and loss scale
+    watch.py          what underflows, overflows or does not move while a run goes on
 """

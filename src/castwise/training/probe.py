@@ -81,28 +81,38 @@ class _Probe:
     ) -> None:
         self._run, self._fqn, self._is_promoted = run, fqn, is_promoted
         self._found, self._busy = found, busy
-        self._random: torch.Tensor | None = None
+        self._random: list[torch.Tensor] = []
 
     def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Remember the random state that the module begins with."""
         del module, args, kwargs
-        self._random = torch.get_rng_state()
+        self._random = self._states()
 
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Compute the output in the other precision, and compare."""
-        if self._busy[0] or self._random is None:
+        if self._busy[0]:
             return
         self._busy[0] = True
-        left = torch.get_rng_state()
-        torch.set_rng_state(self._random)
+        left = self._states()
+        self._put(self._random)
         try:
             other = self._other(module, args, kwargs)
         finally:
-            torch.set_rng_state(left)
+            self._put(left)
             self._busy[0] = False
         low, high = (other, output) if self._is_promoted else (output, other)
         error = _distance(low, high)
         self._found[self._fqn] = max(error, self._found.get(self._fqn, 0.0))
+
+    def _states(self) -> list[torch.Tensor]:
+        device = self._run.device
+        on_device = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+        return [torch.get_rng_state(), *on_device]
+
+    def _put(self, states: list[torch.Tensor]) -> None:
+        torch.set_rng_state(states[0])
+        for state in states[1:]:
+            torch.cuda.set_rng_state(state, self._run.device)
 
     def _other(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         cls: Any = own_class(module)

@@ -27,7 +27,12 @@ from typing import Any, final
 
 import torch
 
-from castwise.errors import LossScaleError, PolicyError, SettingsError
+from castwise.errors import (
+    LossScaleError,
+    PolicyError,
+    SettingsError,
+    StepError,
+)
 from castwise.loss_scale import first_non_finite
 from castwise.policy import Precision
 from castwise.training.open_step import Step
@@ -171,7 +176,9 @@ class Sentinel:
             with step:
                 step.backward(compute())
         except LossScaleError as error:
-            return step.outcome, error  # told before the scale gave up
+            with contextlib.suppress(StepError):
+                return step.outcome, error  # told before the scale gave up
+            raise
         return step.outcome, None
 
     def _checked(self, outcome: Stepped) -> Stepped | RolledBack:
