@@ -27,6 +27,7 @@ _GROWS = frozenset(
     {"add", "addmm", "baddbmm", "bmm", "convolution", "cosh", "cumsum", "dot", "exp"}
     | {"exp2", "expm1", "matmul", "mm", "mul", "mv", "prod", "sinh", "sub", "sum"}
 )
+_OF_TWO = frozenset({"add", "div", "mul", "pow", "sub"})
 _ZERO_BY_RANGE = frozenset({"exp", "exp2", "sigmoid", "softmax"})
 _ZERO_OF_NONZERO = frozenset({"cast", "div", "mul", "pow", "reciprocal"})
 
@@ -154,10 +155,12 @@ class WatchedCall:
         if not operands or not fits or odd:
             return ()
         place = int((~torch.isfinite(_numbers(made))).flatten().nonzero()[0])
-        return tuple(
+        told = tuple(
             float(_numbers(each).flatten()[place if each.dim() else 0])
             for each in operands
         )
+        number = self.numbers() if self.name in _OF_TWO else []
+        return (*told, *map(float, number[:1])) if len(told) == 1 else told
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -235,7 +236,10 @@ def left_alone(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def _eager() -> Iterator[None]:
     """Run compiled code as it was written, with gradients."""
-    with torch.compiler.set_stance("force_eager"), torch.enable_grad():
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled; it loads slowly
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
 
 
