@@ -140,6 +140,7 @@ def test_the_rule_is_k_times_the_floor_and_a_tolerance() -> None:
     assert not rule.holds(1.26, 0.5)
     assert not rule.holds(math.nan, math.inf)
     assert default_tolerance("bf16") == 16 * 2.0**-8
+    assert default_tolerance("fp8_e5m2") == 0.25  # and not 2, which zeros would meet
     for wrong in ({"k": -1}, {"tolerance": math.nan}):
         with pytest.raises(BudgetError, match="finite number from 0 on"):
             NoiseRule(**wrong)

@@ -40,6 +40,9 @@ DEFAULT_K = 1.5
 TOLERATED_ROUNDINGS = 16
 """How many rounding errors of the narrowest format the default tolerance allows."""
 
+MOST_TOLERATED = 0.25
+"""No default tolerance is larger."""
+
 
 def relative_error(candidate: Any, reference: Any) -> float:
     """The error in the Euclidean norm over that of the reference, all leaves together.
@@ -193,8 +196,11 @@ class NoiseRule:
 
 
 def default_tolerance(fmt: str | Format) -> float:
-    """The tolerance for results that are computed in a format."""
-    return TOLERATED_ROUNDINGS * parse_format(fmt).eps / 2
+    """The tolerance for results that are computed in a format.
+
+    In 8 bits 16 roundings would allow a result of nothing but zeros.
+    """
+    return min(TOLERATED_ROUNDINGS * parse_format(fmt).eps / 2, MOST_TOLERATED)
 
 
 def tensors_of(values: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:

@@ -36,6 +36,7 @@ from castwise.loss_scale import loss_scale_of
 from castwise.numerics.breaches import is_below
 from castwise.numerics.error import (
     DEFAULT_K,
+    MOST_TOLERATED,
     TOLERATED_ROUNDINGS,
     Measures,
     NoiseRule,
@@ -160,9 +161,11 @@ def rule_for(
     """The rule for results of a format, and where its tolerance comes from."""
     if tolerance is not None:
         return NoiseRule(k=k, tolerance=tolerance), "a tolerance that was given"
+    allowed = default_tolerance(fmt)
+    most = ", at most a quarter" if allowed == MOST_TOLERATED else ""
     return (
-        NoiseRule(k=k, tolerance=default_tolerance(fmt)),
-        f"{TOLERATED_ROUNDINGS} rounding errors of {fmt}",
+        NoiseRule(k=k, tolerance=allowed),
+        f"{TOLERATED_ROUNDINGS} rounding errors of {fmt}{most}",
     )
 
 
