@@ -66,13 +66,15 @@ class Net(nn.Module):
 
 
 def policy_of(name: str) -> Policy:
-    """A preset, or `bf16-sums` with r=bf16, with an fp32 or fp64 island."""
+    """A preset, or `bf16-sums` with r=bf16, with an island or another backward."""
     preset, _, island = name.partition(" ")
     precision = {"fp32": "p=fp32,c=fp32", "fp64": "p=fp64,c=fp64,o=fp32"}
     if preset == "bf16-sums":
         policy = cw.preset("bf16-mixed").with_default("p=fp32,c=bf16,o=bf16,r=bf16")
     else:
         policy = cw.preset(preset)
+    if island == "backward":
+        return policy.with_rule(module="blocks.1", stage="backward", precision="c=fp32")
     if island in precision:
         return policy.with_rule(module="delicate", precision=precision[island])
     return policy.with_rule(module="delicate", precision=island) if island else policy

@@ -34,7 +34,15 @@ def replicated_run(
 
 
 @pytest.mark.parametrize(
-    "name", ["bf16-mixed fp32", "bf16-mixed fp64", "16-mixed fp32", "bf16-true fp32"]
+    "name",
+    [
+        "bf16-mixed fp32",
+        "bf16-mixed fp64",
+        "bf16-mixed c=fp8_e4m3",
+        "bf16-mixed backward",  # a block whose backward runs in fp32
+        "16-mixed fp32",
+        "bf16-true fp32",
+    ],
 )
 def test_two_processes_compute_what_one_would(two_ranks: TwoRanks, name: str) -> None:
     """Gradients and weights after three steps; 16-bit weights were 16 bits before."""

@@ -62,6 +62,8 @@ def sharded_run(
         "bf16-mixed fp32",
         "bf16-mixed fp64",
         "bf16-mixed c=fp64,o=fp32",  # cast at the border, from fp32 weights
+        "bf16-mixed c=fp8_e4m3",
+        "bf16-mixed backward",  # a block whose backward runs in fp32
         "16-mixed fp32",
         "bf16-true fp32",
         "32-true",
