@@ -19,7 +19,8 @@ from castwise.report import (
     Verdict,
     render_page,
 )
-from castwise.report.watched import Promotion, exponent_drawing, watch_sections
+from castwise.report.exponent_drawing import exponent_drawing
+from castwise.report.watched import Promotion, watch_sections
 
 SVG = "{http://www.w3.org/2000/svg}"
 

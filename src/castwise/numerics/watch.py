@@ -17,22 +17,18 @@ Where several processes train, each window holds the counts of all of them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
-from torch import distributed, nn
+from torch import nn
 
 from castwise.errors import SettingsError, StepError
-from castwise.numerics.exponents import ExponentHistogram
-from castwise.numerics.operator_call import floating, format_name
-from castwise.numerics.watch_records import TensorKind, TensorWatch, WatchWindow
-from castwise.numerics.watch_samples import Counter, LostUpdates, Places
-
-_WHAT_IF_WEIGHTS = ("bf16", "fp16")
+from castwise.numerics.operator_call import floating
+from castwise.numerics.watch_records import WatchWindow
+from castwise.numerics.watch_table import WatchTable, num_ranks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,7 +101,7 @@ class Watch:
         self._hooks: list[Any] = []
         self._attach: Callable[[Watch], Callable[[], None]] | None = None
         self._detach: Callable[[], None] | None = None
-        self._table: _Table | None = None
+        self._table: WatchTable | None = None
         self._before: list[tuple[str, torch.Tensor, torch.Tensor]] = []
 
     def __enter__(self) -> Self:
@@ -160,7 +156,7 @@ class Watch:
 
     def _look(self) -> None:
         if self._table is None:
-            self._table = _Table(self._model, self._weights())
+            self._table = WatchTable(self._model, self._weights())
         self._table.places.renew()
         for fqn, module in self._table.modules:
             self._hooks.append(module.register_forward_hook(_OutputHook(self, fqn)))
@@ -209,12 +205,12 @@ class Watch:
         if self._table is not None:
             self._table.counter.forget()
 
-    def _close_window(self, table: _Table) -> None:
+    def _close_window(self, table: WatchTable) -> None:
         window = WatchWindow(
             first_step=self._first_looked_at,
             last_step=self._step,
             scale=self._scale,
-            num_ranks=_num_ranks(),
+            num_ranks=num_ranks(),
             num_skipped=self._num_skipped,
             tensors=table.close(self._scale, is_held=self._is_held),
         )
@@ -227,72 +223,6 @@ class Watch:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-
-
-class _Table:
-    """The rows that are counted: fixed from the first look on, equal on all ranks."""
-
-    def __init__(self, model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-        device = next((w.device for w in weights.values()), torch.device("cpu"))
-        self.modules = _with_outputs(model)
-        keys: list[tuple[TensorKind, str]] = []
-        for name, weight in weights.items():
-            if weight.is_floating_point():
-                keys += [("weight", name), ("gradient", name)]
-        for fqn, _ in self.modules:
-            keys += [("output", fqn), ("output_gradient", fqn)]
-        self._rows = {key: row for row, key in enumerate(keys)}
-        self._seen: dict[tuple[TensorKind, str], tuple[str, int]] = {}
-        self.places = Places(device)
-        self.counter = Counter(len(keys), device)
-        self.lost = LostUpdates(len(keys), _WHAT_IF_WEIGHTS, device)
-        self._device = device
-
-    def row(self, kind: TensorKind, name: str) -> int:
-        """Where a tensor is counted."""
-        return self._rows[kind, name]
-
-    def see(
-        self, kind: TensorKind, name: str, tensor: torch.Tensor
-    ) -> torch.Tensor | None:
-        """Remember a sample of a tensor until the step is over, and return it."""
-        key = (kind, name)
-        local = _local(tensor)
-        if key not in self._rows or local.device != self._device or not local.numel():
-            return None
-        sample = self.places.sample(local)
-        self.counter.add(self._rows[key], sample)
-        self._seen[key] = format_name(tensor.dtype), tensor.numel()
-        return sample
-
-    def close(self, scale: float, *, is_held: bool) -> tuple[TensorWatch, ...]:
-        """Add up over ranks and make records of what was counted."""
-        counts, lost = self.counter.take(), self.lost.take()
-        if _num_ranks() > 1:
-            distributed.all_reduce(counts)
-            distributed.all_reduce(lost)
-        histograms, shares = ExponentHistogram.from_bins(counts.cpu()), lost.T.tolist()
-        shift = -math.floor(math.log2(scale))
-        found = []
-        for (kind, name), row in self._rows.items():
-            fmt, size = self._seen.get((kind, name), ("fp32", 0))
-            histogram = histograms[row]
-            if not histogram.total:
-                continue
-            if kind in {"gradient", "output_gradient"} and scale != 1:
-                histogram = histogram.shifted(shift)
-            kept = kind != "weight" or is_held
-            found.append(
-                TensorWatch(
-                    kind=kind,
-                    name=name,
-                    format=fmt,
-                    num_elements=size,
-                    histogram=histogram,
-                    lost=None if kept else _lost(fmt, shares[row]),
-                )
-            )
-        return tuple(found)
 
 
 def watch(
@@ -414,32 +344,3 @@ class _GradientHook:
 
     def __call__(self, gradient: torch.Tensor) -> None:
         self.watching.see_output_gradient(self.fqn, gradient)
-
-
-def _with_outputs(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Modules without children, and the model itself: what hands out tensors."""
-    return [
-        (fqn, module)
-        for fqn, module in model.named_modules()
-        if not fqn or not any(True for _ in module.children())
-    ]
-
-
-def _lost(fmt: str, counts: list[int]) -> dict[str, float]:
-    updates, lost, *others = counts
-    total = max(1, updates)
-    what_if = zip(_WHAT_IF_WEIGHTS, others, strict=True)
-    return {name: count / total for name, count in what_if} | {fmt: lost / total}
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """The part of a sharded tensor that stands on this rank."""
-    to_local = getattr(tensor, "to_local", None)
-    found: torch.Tensor = tensor if to_local is None else to_local()
-    return found
-
-
-def _num_ranks() -> int:
-    if distributed.is_available() and distributed.is_initialized():
-        return int(distributed.get_world_size())
-    return 1
