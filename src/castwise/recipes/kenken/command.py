@@ -105,6 +105,9 @@ CHANGES = (
     metavar="STEPS",
     help="Count weights, gradients and outputs by exponent every so many steps.",
 )
+@click.option(
+    "--sentinel", is_flag=True, help="Take bad steps back, and promote modules."
+)
 def train(**flags: Any) -> int:
     """Train a KenKen solver on puzzles that are made on the spot."""
     from castwise.recipes.kenken import recipe
@@ -141,6 +144,7 @@ def train(**flags: Any) -> int:
             num_threads=flags["threads"],
             data=flags["data"],
             watch_every=flags["watch"],
+            sentinel=flags["sentinel"],
         ),
     )
 
@@ -229,3 +233,64 @@ def make(
     from castwise.recipes.kenken import making
 
     return making.make(size=size, mode=mode, count=count, seed=seed, form=form, out=out)
+
+
+@group.command("eval")
+@click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    help="A checkpoint.  [default: the newest run's best]",
+)
+@click.option("--sizes", metavar="N,N", help="Sizes, 4 to 9.  [default: as trained]")
+@click.option("--modes", metavar="M,M", help="Alphabets.  [default: all three]")
+@click.option(
+    "--count",
+    type=int,
+    default=1000,
+    show_default=True,
+    help="Puzzles of each set, its first ones.",
+)
+@click.option(
+    "--order",
+    type=click.Choice(["most_certain_first", "row_major", "random"]),
+    default="most_certain_first",
+    show_default=True,
+    help="In which order cells are committed to.",
+)
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="A record.")
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    help="Folder that keeps the sets.  [default: the user's cache]",
+)
+def evaluate(
+    checkpoint: Path | None,
+    sizes: str | None,
+    modes: str | None,
+    count: int,
+    order: str,
+    json_path: Path | None,
+    data: Path | None,
+) -> int:
+    """Measure a checkpoint on the frozen test sets, beside baselines without a model.
+
+    The sets are made on the spot and must have the digests that castwise states.
+    """
+    from rich.console import Console
+
+    from castwise.recipes.kenken import examining
+    from castwise.recipes.kenken.settings import parse_sizes
+
+    facts, rows = examining.evaluate_checkpoint(
+        checkpoint=checkpoint,
+        runs=RUNS,
+        sizes=None if sizes is None else parse_sizes(sizes),
+        modes=examining.ALL_MODES if modes is None else modes.split(","),
+        num_puzzles=count,
+        order=order,
+        data=data,
+    )
+    examining.show(rows, Console())
+    if json_path is not None:
+        examining.write_record(facts, rows, json_path)
+    return 0

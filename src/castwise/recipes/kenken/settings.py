@@ -193,7 +193,7 @@ class KenKenSettings:
         """
         plain = dict(changes)
         if "sizes" in plain:
-            plain["sizes"] = _parse_sizes(plain["sizes"])
+            plain["sizes"] = parse_sizes(plain["sizes"])
             plain["size_shares"] = _shares(plain["sizes"], self.sizes, self.size_shares)
         if "modes" in plain:
             plain["modes"] = tuple(name.strip() for name in plain["modes"].split(","))
@@ -214,7 +214,12 @@ def _shares(
     return tuple(weight / sum(weights) for weight in weights)
 
 
-def _parse_sizes(text: str) -> tuple[int, ...]:
+def parse_sizes(text: str) -> tuple[int, ...]:
+    """Read sizes with commas between.
+
+    Raises:
+        SettingsError: The text holds something else.
+    """
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:

@@ -42,7 +42,7 @@ def solve(
         CheckpointError: If there is no usable checkpoint.
     """
     puzzles = read_puzzles(source)
-    path = checkpoint if checkpoint is not None else _newest(runs)
+    path = checkpoint if checkpoint is not None else newest_checkpoint(runs)
     solver = load_solver(path, num_loops=num_loops)
     decoding = DecodingSettings(order=Order(order))
     console = Console(highlight=False)
@@ -84,8 +84,12 @@ def sentence(found: Answer) -> str:
     return f"{word}: {effort} of the network, no search; {proof}."
 
 
-def _newest(runs: Path) -> Path:
-    """Return the best checkpoint of the newest run, or its latest."""
+def newest_checkpoint(runs: Path) -> Path:
+    """Return the best checkpoint of the newest run, or its latest.
+
+    Raises:
+        CheckpointError: There is none.
+    """
     newest = newest_run(runs)
     if newest is None:
         raise CheckpointError(
