@@ -12,10 +12,17 @@ from torch import nn
 from torch.nn import functional
 
 import castwise as cw
+from castwise.checkpoints import CheckpointShelf
 from castwise.errors import SettingsError, StepError
-from castwise.training.random_state import capture_random_states
+from castwise.memory.monitor import MemoryMonitor
+from castwise.training.averages import NoAverages
+from castwise.training.display import NullDisplay
+from castwise.training.journal import Journal, read_journal
+from castwise.training.random_state import capture_random_states, seed_everything
 from castwise.training.rollback import Rollback
+from castwise.training.schedule import WarmupStableDecay
 from castwise.training.sentinel import RolledBack, Sentinel, SentinelSettings
+from castwise.training.trainer import BatchLoss, Task, Trainer, TrainerSettings
 
 
 class Square(nn.Module):
@@ -297,3 +304,67 @@ def test_lines_that_make_no_sense_are_refused(values: dict[str, Any]) -> None:
     """One sentence."""
     with pytest.raises(SettingsError, match="a sentinel needs"):
         SentinelSettings(**values)
+
+
+class Planted(Task):
+    """Batches whose hidden values overflow fp16 at step 5."""
+
+    unit = "rows"
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A function of the step."""
+        return batch(step, 1000.0 if step == 5 else 1.0)
+
+    def loss(self, batch: tuple[torch.Tensor, torch.Tensor]) -> BatchLoss:
+        """Squared error."""
+        x, y = batch
+        value = functional.mse_loss(self.model(x), y)
+        return BatchLoss(value=value, measures={}, num_units=len(x))
+
+
+def make_trainer(folder: Path) -> tuple[Trainer, cw.Run, CheckpointShelf]:
+    """A guarded trainer of 12 steps with a checkpoint after 4 and 8."""
+    seed_everything(3)
+    run = make_run("16-mixed", loss_scale=cw.DynamicScale(initial=2.0**8))
+    shelf = CheckpointShelf(folder=folder / "checkpoints", kind="toy")
+    trainer = Trainer(
+        run=run,
+        task=Planted(run.model),
+        schedule=WarmupStableDecay(num_steps=12, num_warmup=2),
+        averages=NoAverages(),
+        settings=TrainerSettings(num_steps=12, evaluate_every=12, checkpoint_every=4),
+        shelf=shelf,
+        journal=Journal(folder, tensorboard=False),
+        display=NullDisplay(),
+        monitor=MemoryMonitor("cpu"),
+        facts={},
+        sentinel=Sentinel(run, SentinelSettings(probe_every=3, calm_probes=2)),
+    )
+    return trainer, run, shelf
+
+
+def test_a_guarded_trainer_tells_its_promotions_and_resumes_exactly(
+    tmp_path: Path,
+) -> None:
+    """Promoted at step 5, back at step 9; resumed at 8, in between."""
+    trainer, run, shelf = make_trainer(tmp_path / "whole")
+    result = trainer.fit()
+    assert result.finished
+    assert run.num_skipped == 0
+    assert [change.precision for change in run.changes] == ["c=fp32,o=fp32", None]
+    trainer._journal.close()
+    records = read_journal(tmp_path / "whole" / "metrics.jsonl")
+    lines = [record for record in records if record.event == "policy"]
+    assert [line.values["module"] for line in lines] == ["1", "1"]
+    assert lines[0].step == 6
+    middle = next(path for path in shelf.paths() if "-step-8." in path.name)
+    again, other, _ = make_trainer(tmp_path / "resumed")
+    again.resume(cw.load_checkpoint(middle, kind="toy"))
+    assert other.applied.bound.precision_of("1").compute == "fp32"
+    again.fit()
+    again._journal.close()
+    assert other.changes == run.changes
+    assert same(bits(other), bits(run))

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from castwise.numerics.watch import Watch, WatchSchedule, watch
 from castwise.numerics.watch_records import WatchWindow
 from castwise.report.records import Section
-from castwise.report.watched import watch_sections
+from castwise.report.watched import Promotion, watch_sections
 from castwise.training.journal import Journal, Record
 from castwise.training.step import Run
 
@@ -49,4 +49,18 @@ def watch_story(records: Sequence[Record]) -> tuple[Section, ...]:
         for record in records
         if record.event == EVENT
     ]
-    return watch_sections(windows) if windows else ()
+    return watch_sections(windows, _promotions(records)) if windows else ()
+
+
+def _promotions(records: Sequence[Record]) -> list[Promotion]:
+    """What a sentinel changed, by the lines "policy"."""
+    return [
+        Promotion(
+            step=record.step,
+            module=str(record.values["module"]),
+            precision=record.values["precision"] or "as the policy says",
+            because=str(record.values["because"]),
+        )
+        for record in records
+        if record.event == "policy"
+    ]

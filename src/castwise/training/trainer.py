@@ -21,7 +21,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from types import FrameType
 from typing import Any, final
 
@@ -39,7 +39,8 @@ from castwise.training.random_state import (
     restore_random_states,
 )
 from castwise.training.schedule import WarmupStableDecay
-from castwise.training.step import Run, Skipped
+from castwise.training.sentinel import RolledBack, Sentinel
+from castwise.training.step import Run, Skipped, Stepped
 
 MIB = 2**20
 
@@ -180,6 +181,7 @@ class Trainer:
         monitor: Memory of the device.
         facts: Plain data stored in each checkpoint (settings, versions, formats).
         score: Name of the evaluation measure that ranks checkpoints, larger is better.
+        sentinel: Takes bad steps back and promotes modules; none for plain steps.
     """
 
     def __init__(
@@ -196,8 +198,10 @@ class Trainer:
         monitor: MemoryMonitor,
         facts: Mapping[str, Any],
         score: str | None = None,
+        sentinel: Sentinel | None = None,
     ) -> None:
         self._run = run
+        self._sentinel = sentinel
         self._task = task
         self._schedule = schedule
         self._averages = averages
@@ -225,6 +229,8 @@ class Trainer:
         self._run.load_state_dict(tree["run"])
         self._averages.load_state_dict(tree["averages"])
         self._task.load_state_dict(tree["task"])
+        if self._sentinel is not None and "sentinel" in tree:
+            self._sentinel.load_state_dict(tree["sentinel"])
         restore_random_states(tree["random"])
         position = tree["position"]
         self._progress.step = position["step"]
@@ -271,6 +277,23 @@ class Trainer:
         groups = self._run.optimizer.param_groups
         for group, rate in zip(groups, self._initial_rates, strict=True):
             group["lr"] = rate * factor
+        before = self._run.loss_scale.scale
+        make = self._plain_step if self._sentinel is None else self._guarded_step
+        loss, outcome = make(step)
+        if isinstance(outcome, Stepped):
+            self._averages.update()
+        else:
+            self._tell_skip(step, outcome)
+        scale = self._run.loss_scale.scale
+        if scale != before:
+            self._journal.write("scale", step + 1, {"scale": scale})
+        self._progress.step = step + 1
+        self._progress.num_units += loss.num_units
+        self._progress.step_seconds.append(time.perf_counter() - started)
+        if self._due(self._settings.log_every):
+            self._log(loss)
+
+    def _plain_step(self, step: int) -> tuple[BatchLoss, Stepped | Skipped]:
         open_step = self._run.step(again=lambda: self._task.loss(batch).value)
         try:
             with open_step:
@@ -281,23 +304,32 @@ class Trainer:
             if isinstance(open_step.outcome, Skipped):
                 self._tell_skip(step, open_step.outcome)
             raise
-        if isinstance(open_step.outcome, Skipped):
-            self._tell_skip(step, open_step.outcome)
-        else:
-            self._averages.update()
-        scale = self._run.loss_scale.scale
-        if scale != open_step.outcome.scale:
-            self._journal.write("scale", step + 1, {"scale": scale})
-        self._progress.step = step + 1
-        self._progress.num_units += loss.num_units
-        self._progress.step_seconds.append(time.perf_counter() - started)
-        if self._due(self._settings.log_every):
-            self._log(loss)
+        return loss, open_step.outcome
 
-    def _tell_skip(self, step: int, outcome: Skipped) -> None:
+    def _guarded_step(
+        self, step: int
+    ) -> tuple[BatchLoss, Stepped | Skipped | RolledBack]:
+        assert self._sentinel is not None
+        batch, losses = self._task.batch(step), list[BatchLoss]()
+
+        def compute() -> Tensor:
+            losses.append(self._task.loss(batch))
+            return losses[-1].value
+
+        known = len(self._run.changes)
+        outcome = self._sentinel.step(compute)
+        for change in self._run.changes[known:]:
+            values = {**asdict(change), "after": change.step}
+            del values["step"]  # the journal's own word
+            self._journal.write("policy", step + 1, values)
+            self._display.note(str(change))
+        return losses[-1], outcome
+
+    def _tell_skip(self, step: int, outcome: Skipped | RolledBack) -> None:
         self._progress.num_skipped += 1
         names = ("because", "parameter", "op", "module", "stage", "kind", "where")
-        values = {name: getattr(outcome, name) for name in (*names, "scale", "gone_at")}
+        all_names = (*names, "scale", "gone_at")
+        values = {name: getattr(outcome, name, None) for name in all_names}
         self._journal.write("skip", step + 1, values)
         self._display.note(f"step {step + 1} skipped: {outcome.because}")
 
@@ -375,6 +407,11 @@ class Trainer:
             "averages": self._averages.state_dict(),
             "task": self._task.state_dict(),
             "random": capture_random_states(),
+            **(
+                {}
+                if self._sentinel is None
+                else {"sentinel": self._sentinel.state_dict()}
+            ),
             "position": {
                 "step": progress.step,
                 "num_skipped": progress.num_skipped,

@@ -50,6 +50,7 @@ from castwise.training.journal import Journal
 from castwise.training.random_state import seed_everything
 from castwise.training.run_folder import RunFolder, open_run_folder
 from castwise.training.schedule import WarmupStableDecay
+from castwise.training.sentinel import Sentinel
 from castwise.training.step import Run, prepare
 from castwise.training.trainer import Trainer, TrainerSettings
 
@@ -85,6 +86,9 @@ class Place:
 
     watch_every: int | None = None
     """Steps between two looks at the numbers, or None for no look."""
+
+    sentinel: bool = False
+    """Whether bad steps are taken back and modules promoted."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,7 +147,9 @@ def train(
         torch.set_num_threads(place.num_threads)
     with ExitStack() as stack:
         supply = _open_supply(plan, place, console)
-        built = _build(plan, supply, folder, shelf, stack, console)
+        built = _build(
+            plan, supply, folder, shelf, stack, console, guarded=place.sentinel
+        )
         if place.watch_every is not None:
             stack.enter_context(
                 journaled_watch(
@@ -320,6 +326,8 @@ def _build(
     shelf: CheckpointShelf,
     stack: ExitStack,
     console: Console,
+    *,
+    guarded: bool,
 ) -> Built:
     settings, device = plan.settings, plan.device.value
     seed_everything(settings.seed)
@@ -374,6 +382,7 @@ def _build(
         monitor=MemoryMonitor(device),
         facts=facts,
         score=SCORE,
+        sentinel=Sentinel(run) if guarded else None,
     )
     if plan.tree is not None:
         _tell_changes(plan.tree["facts"], facts, console)
