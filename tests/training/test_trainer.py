@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import castwise as cw
 from castwise.checkpoints import CheckpointShelf
-from castwise.errors import ForeignCheckpointError, SettingsError
+from castwise.errors import ForeignCheckpointError, LossScaleError, SettingsError
 from castwise.memory.monitor import MemoryMonitor
 from castwise.training.averages import ExponentialAverage
 from castwise.training.display import NullDisplay
@@ -207,6 +207,21 @@ def test_weights_of_another_model_are_refused_before_anything_changes(
     with pytest.raises(ForeignCheckpointError, match=r"weight is \(2, 3\)"):
         made.trainer.resume(other)
     assert torch.equal(made.model.weight, before)
+
+
+def test_a_run_that_stops_leaves_its_cause_in_the_journal(
+    make: Make, tmp_path: Path
+) -> None:
+    """The last line says what was wrong, although the loop ended with an error."""
+    made = make(tmp_path)
+    with torch.no_grad():
+        made.model.weight.fill_(float("nan"))
+    with pytest.raises(LossScaleError, match="weight 'weight' itself holds NaN"):
+        made.trainer.fit()
+    (skip,) = made.records("skip")
+    assert skip.step == 1
+    assert "what the weight weight held" in skip.values["because"]
+    assert made.shelf.paths() == [], "no checkpoint of weights that are lost"
 
 
 def test_counts_below_one_are_refused() -> None:
