@@ -296,6 +296,13 @@ def test_a_policy_changes_only_between_steps() -> None:
     assert isinstance(plain(run, 0), cw.Stepped)
 
 
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault that one of them sees would leave them in different precisions."""
+    monkeypatch.setattr("castwise.training.sentinel.num_ranks", lambda: 2)
+    with pytest.raises(SettingsError, match="guards one process, and 2 train"):
+        Sentinel(make_run("32-true"))
+
+
 @pytest.mark.parametrize(
     "values",
     [{"tries": 0}, {"error_limit": 0.0}, {"calm_share": 2.0}, {"probe_every": -1}],

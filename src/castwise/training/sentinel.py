@@ -34,6 +34,7 @@ from castwise.errors import (
     StepError,
 )
 from castwise.loss_scale import first_non_finite
+from castwise.numerics.watch_table import num_ranks
 from castwise.policy import Precision
 from castwise.training.open_step import Step
 from castwise.training.outcome import Skipped, Stepped
@@ -114,9 +115,18 @@ class Sentinel:
     Args:
         run: What `prepare` returned.
         settings: Where the lines are.
+
+    Raises:
+        SettingsError: Several processes train together.
     """
 
     def __init__(self, run: Run, settings: SentinelSettings | None = None) -> None:
+        if num_ranks() > 1:
+            raise SettingsError(
+                f"a sentinel guards one process, and {num_ranks()} train together; a "
+                "fault that one of them sees would leave them in different precisions, "
+                "so step without it"
+            )
         self._run = run
         self._settings = settings or SentinelSettings()
         self._rollback = Rollback(run)
