@@ -115,33 +115,44 @@ def vit() -> Made:
 class Residual(nn.Module):
     """Two convolutions with batch norms around a skip."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, activation: type[nn.Module]) -> None:
         super().__init__()
+        self.activation = activation()
         self.body = nn.Sequential(
             nn.Conv2d(width, width, 3, padding=1),
             nn.BatchNorm2d(width),
-            nn.ReLU(),
+            activation(),
             nn.Conv2d(width, width, 3, padding=1),
             nn.BatchNorm2d(width),
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Add what the body makes."""
-        return functional.relu(x + self.body(x))
+        out: torch.Tensor = self.activation(x + self.body(x))
+        return out
 
 
-def conv_net() -> Made:
+def conv_net(activation: type[nn.Module] = nn.ReLU) -> Made:
     """A residual conv net of three stages on images of 32 x 32."""
     torch.manual_seed(0)
     stages: list[nn.Module] = []
     for before, width in ((3, 16), (16, 32), (32, 64)):
-        stages += [nn.Conv2d(before, width, 3, 2, 1), nn.BatchNorm2d(width), nn.ReLU()]
-        stages += [Residual(width), Residual(width)]
+        stages += [
+            nn.Conv2d(before, width, 3, 2, 1),
+            nn.BatchNorm2d(width),
+            activation(),
+        ]
+        stages += [Residual(width, activation), Residual(width, activation)]
     model = nn.Sequential(
         *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)
     )
     batches = [(torch.randn(8, 3, 32, 32), torch.randint(10, (8,))) for _ in range(2)]
     return model, batches, functional.cross_entropy
+
+
+def smooth_conv_net() -> Made:
+    """The same without a kink: SiLU instead of ReLU."""
+    return conv_net(nn.SiLU)
 
 
 def step_time(made: Made, repeats: int = 9) -> float:
@@ -160,9 +171,9 @@ def step_time(made: Made, repeats: int = 9) -> float:
 
 
 def clean_table() -> list[dict[str, Any]]:
-    """Validate four models under three presets, and time it."""
+    """Validate the models under three presets, and time it."""
     rows = []
-    for build in (gpt2, llama, vit, conv_net):
+    for build in (gpt2, llama, vit, conv_net, smooth_conv_net):
         made = build()
         for name in PRESETS:
             step = step_time(made)
