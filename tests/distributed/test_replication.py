@@ -86,6 +86,7 @@ def compiled_run(rank: int) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_the_replicated_model_may_be_compiled(two_ranks: TwoRanks) -> None:
     """In the formats of eager code."""
     expected = whole_run("bf16-mixed fp32")
