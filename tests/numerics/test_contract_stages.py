@@ -171,6 +171,27 @@ def test_any_format_of_the_backward_can_be_proved(backward: str) -> None:
     assert {run.actual for run in runs if run.num_flops} == {expected}
 
 
+def test_a_backward_within_a_backward_keeps_its_own_format() -> None:
+    """The inner rule decides for the inner module, in the second run as well."""
+    policy = Policy.parse("castwise: 1\ndefault: p=fp32,c=bf16,o=bf16,r=fp32\n")
+    policy = policy.with_rule(
+        module="solver.scan.step", stage="backward", precision="c=fp32"
+    ).with_rule(module="solver", stage="backward", precision="fp64")
+    proof = proof_of(Model(), policy).check()
+    assert formats_of(proof, "solver.scan.step", "backward") == {"fp32"}
+    assert formats_of(proof, "solver.out", "backward") == {"fp64"}
+    assert formats_of(proof, "solver", "forward") <= {"bf16", "fp32"}
+
+
+def test_the_backward_of_the_whole_model_can_be_proved() -> None:
+    """A rule on the stage alone; the loss, which is no module, follows its forward."""
+    policy = Policy.parse("castwise: 1\ndefault: p=fp32,c=bf16,o=bf16,r=fp32\n")
+    proof = proof_of(Model(), policy.with_rule(stage="backward", precision="fp64"))
+    inside = [run for run in proof.check().operators if run.module is not None]
+    backward = {run.actual for run in inside if run.stage == "backward"}
+    assert {actual for actual in backward if "->" not in actual} == {"fp64"}
+
+
 def test_a_backward_in_the_forwards_format_is_a_breach(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
