@@ -8,7 +8,7 @@ Storey: above `region`, below `training`. Candidates come as callables.
     promise.py        what a policy promises for one call, and whether the call kept it
     witness.py        every operator of a run beside what it was promised
     call_site.py      module, source line and name of a call
-    transport.py      operators that carry weights between processes, and are passed over
+    transport.py      operators that carry weights between processes: passed over
     error.py          how far a result is from the right one, and how far it may be
     operator_call.py  what one call read, wrote and computed
     forensics.py      which operator made the first value that is not finite, and why
