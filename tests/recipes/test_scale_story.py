@@ -43,7 +43,10 @@ def test_equal_causes_are_one_row_with_their_span() -> None:
     picture, table = scale_story(records)
     assert isinstance(picture, Lines)
     assert isinstance(table, DataTable)
-    assert picture.series[0].ys == (64.0, 32.0, 16.0, 16.0)
+    assert picture.series[0].xs == (10.0, 11.0, 12.0, 13.0, 20.0)
+    assert picture.series[0].ys == (64.0, 32.0, 16.0, 16.0, 16.0)
+    assert picture.markers[0].name == "skipped: overflow in exp (gate, backward)"
+    assert picture.markers[2].name == "skipped: nan in the gradient of w"
     assert [marker.x for marker in picture.markers] == [11.0, 12.0, 13.0]
     first, second = table.rows
     assert first == (

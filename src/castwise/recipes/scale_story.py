@@ -41,19 +41,25 @@ def scale_story(records: Sequence[Record]) -> tuple[Lines | DataTable, ...]:
 
 
 def scale_markers(skips: Sequence[Record]) -> tuple[Marker, ...]:
-    """Mark the first skipped steps."""
+    """Mark the first skipped steps, each with its cause in a few words."""
     return tuple(
-        Marker(name=f"skipped: {skip.values['because']}", x=float(skip.step))
+        Marker(name=f"skipped: {_words(_key(skip))}", x=float(skip.step))
         for skip in skips[:_MARKERS]
     )
 
 
+def _words(key: _Key) -> str:
+    kind, op, module, stage, _ = key
+    place = ", ".join(filter(None, (module, stage)))
+    return f"{kind} in {op} ({place})" if place else f"{kind} in the {op}"
+
+
 def _course(records: Sequence[Record]) -> Series:
-    """The scale after each step that says it; a step says it once."""
+    """The scale by step; a change that the step caused comes last and counts."""
     scales = {
         record.step: float(record.values["scale"])
         for record in records
-        if record.event in {"train", "scale"}
+        if record.event in {"train", "skip", "scale"}
     }
     return Series(
         name="scale",
