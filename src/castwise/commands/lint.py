@@ -101,7 +101,7 @@ def _lines(looked: LintReport) -> Iterable[str]:
     for finding in looked.findings:
         yield f"  {finding}"
     for each in looked.silenced:
-        yield f"  silenced, {each.reason}: {each.finding.check}: {each.finding.where}"
+        yield f"  silenced, {each.reason}: {each.finding.check}: {each.finding.places}"
     for sentence in looked.unchecked:
         yield f"  {sentence}"
 
@@ -127,6 +127,7 @@ def report_of(looked: LintReport, target: str) -> Report:
         title="Every check",
     )
     notes = tuple(Note(text=each, mark="warning") for each in looked.unchecked)
+    told = tuple(map(_told, looked.findings)) or (Note(text="Nothing was found."),)
     return Report(
         title=f"Lint of {target}",
         subtitle=f"under the policy {looked.policy}",
@@ -136,7 +137,7 @@ def report_of(looked: LintReport, target: str) -> Report:
             because="Nothing was trained; the model is as it was.",
         ),
         sections=(
-            Section(title="Findings", blocks=(*map(_told, looked.findings), *notes)),
+            Section(title="Findings", blocks=(*told, *notes)),
             Section(title="Silenced", blocks=(_silenced_table(looked),)),
             Section(title="Checks", blocks=(checks,)),
         ),
@@ -166,7 +167,12 @@ def _silenced_table(looked: LintReport) -> DataTable:
     return DataTable(
         columns=tuple(Column(name=name, spelling="text") for name in names),
         rows=tuple(
-            (each.finding.check, each.finding.where, each.finding.figure, each.reason)
+            (
+                each.finding.check,
+                ", ".join((each.finding.where, *each.finding.others)),
+                each.finding.figure,
+                each.reason,
+            )
             for each in looked.silenced
         ),
         caption="Found, and accepted with a reason.",

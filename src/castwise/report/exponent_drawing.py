@@ -59,7 +59,7 @@ def exponent_drawing(window: WatchWindow) -> Drawing:
         svg=svg,
         alt=told or "no numbers",
         caption="Shares of each kind of tensor; zeros are left out. Below: what a "
-        "format holds with all of its digits (dark) and with some of them (light). "
+        "format holds with all of its digits (strong) and with some of them (faint). "
         f"Left of a bar numbers become zero, right of it infinite.{scale}",
     )
 

@@ -62,16 +62,19 @@ class Finding:
     others: tuple[str, ...] = ()
     """Further places where the same goes wrong for the same reason."""
 
+    @property
+    def places(self) -> str:
+        """Where, and the first of the further places."""
+        if not self.others:
+            return self.where
+        listed = ", ".join(self.others[:_SHOWN_PLACES])
+        hidden = len(self.others) - _SHOWN_PLACES
+        more = f" and {hidden} more" if hidden > 0 else ""
+        return f"{self.where} (also {listed}{more})"
+
     def __str__(self) -> str:
-        more = ""
-        if self.others:
-            listed = ", ".join(self.others[:_SHOWN_PLACES])
-            hidden = len(self.others) - _SHOWN_PLACES
-            more = f" (also {listed}{f' and {hidden} more' if hidden > 0 else ''})"
-        return (
-            f"{self.check}: {self.where}{more}: {self.why}: {self.figure}; "
-            f"{self.remedy}"
-        )
+        said = f"{self.why}: {self.figure}; {self.remedy}"
+        return f"{self.check}: {self.places}: {said}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -168,15 +171,16 @@ def sorted_out(
     found: Iterable[Finding], silences: Mapping[str, str]
 ) -> tuple[tuple[Finding, ...], tuple[Silenced, ...]]:
     """Part findings from silenced ones, and join what says the same of many places."""
-    open_findings: list[Finding] = []
-    silenced: list[Silenced] = []
+    by_key: dict[str | None, list[Finding]] = {}
     for finding in dict.fromkeys(found):
-        key = _covering(finding, silences)
-        if key is None:
-            open_findings.append(finding)
-        else:
-            silenced.append(Silenced(finding=finding, key=key, reason=silences[key]))
-    return tuple(_joined(open_findings)), tuple(silenced)
+        by_key.setdefault(_covering(finding, silences), []).append(finding)
+    silenced = tuple(
+        Silenced(finding=finding, key=key, reason=silences[key])
+        for key, group in by_key.items()
+        if key is not None
+        for finding in _joined(group)
+    )
+    return tuple(_joined(by_key.get(None, []))), silenced
 
 
 def _covering(finding: Finding, silences: Mapping[str, str]) -> str | None:
