@@ -283,6 +283,35 @@ def test_gradients_of_shards_are_summed_by_fsdp2(two_ranks: TwoRanks) -> None:
         assert "reduce_dtype=torch.float32" in told
 
 
+def taken_back(rank: int) -> dict[str, Any]:
+    """Hold, and give back before and after FSDP2 has worked with the format."""
+    del rank
+    model = net()
+    fully_shard(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    hold_weights(optimizer).remove()
+    model(torch.randn(3, 64)).sum().backward()
+    weights = {
+        name: weight.full_tensor()  # type: ignore[attr-defined]
+        for name, weight in model.state_dict().items()
+    }
+    other, optimizer, held = begin("split", "torch", "sharded")
+    advance(other, optimizer, range(1))
+    try:
+        held.remove()
+    except WeightStorageError as error:
+        return {"weights": weights, "told": str(error)}
+    return {"weights": weights, "told": "removed"}
+
+
+def test_shards_come_back_in_fp32_until_they_are_used(two_ranks: TwoRanks) -> None:
+    """A refused policy leaves every bit; later the exact weights are taken out."""
+    expected = net().state_dict()
+    for found in two_ranks(taken_back):
+        assert_same(found["weights"], expected)
+        assert "take fp32_weights() into a new model" in found["told"]
+
+
 def too_late(rank: int) -> str:
     """Hold weights that FSDP2 already computes with in fp32, and go on."""
     del rank

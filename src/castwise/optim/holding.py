@@ -156,6 +156,7 @@ class HeldWeights:
         self._release_gradients = release_gradients
         self._held: dict[int, HeldParameter] = {}
         self._hooks: list[Any] = []
+        self._stepped = False
         self._sweeps = isinstance(optimizer, SweepOptimizer)
         self._check_optimizer()
         self._take(self._parameters())
@@ -196,6 +197,7 @@ class HeldWeights:
             What the optimizer's step returns.
         """
         self._notice_foreign_writes()
+        self._stepped = True
         every = list(self._held.values())
         if self._sweeps:
             if closure is not None and not all(map(self._is_swept, every)):
@@ -255,7 +257,7 @@ class HeldWeights:
         Raises:
             WeightStorageError: A parameter is sharded, and FSDP2 works with its format.
         """
-        if any(held.own is None for held in self._held.values()):
+        if self._stepped and any(held.own is None for held in self._held.values()):
             raise WeightStorageError(
                 "sharded parameters keep their format for the life of FSDP2; take "
                 "fp32_weights() into a new model instead"
@@ -263,6 +265,10 @@ class HeldWeights:
         self._notice_foreign_writes()
         for held in self._held.values():
             full = held.full()
+            if held.own is None:
+                change_format(held.parameter, torch.float32, held.storage.name)
+                local(held.parameter).detach().copy_(full)
+                continue
             gradient, held.parameter.grad = held.parameter.grad, None
             held.parameter.grad_dtype = None
             held.parameter.data = full
@@ -400,6 +406,7 @@ class HeldWeights:
     def _step_one(self, parameter: torch.Tensor) -> None:
         """Step a parameter in the backward and free its gradient."""
         self._notice_foreign_writes()
+        self._stepped = True
         for group in self.optimizer.param_groups:
             if any(p is parameter for p in group["params"]):
                 self._step_bite(group, [parameter], {})  # type: ignore[list-item]
