@@ -4,7 +4,8 @@
             what a device does that is twice as fast in half the bits
     bytes   elements read and written, and weights, times the bytes of the format
     time    forward and backward of the unit, measured on this machine in each format,
-            with the casts that it needs; what runs slower in bf16 costs more there
+            with the casts that it needs; what runs slower in bf16 costs more there.
+            At the end whole steps are compared with everything high and everything low
 
 All are for one forward and backward of the first batch. Only differences between
 candidates decide anything.
@@ -13,6 +14,7 @@ candidates decide anything.
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
 
 from castwise.errors import SettingsError
@@ -23,6 +25,7 @@ from castwise.numerics.search.isolation import isolated
 from castwise.numerics.search.reference_step import Call
 from castwise.numerics.search.unit_play import seconds_of
 from castwise.numerics.search.units import Unit
+from castwise.policy.rules import Policy
 
 CostModel = str | Callable[[Unit, str], float]
 """`flops`, `bytes`, `time`, or a function of a unit and a candidate's name."""
@@ -59,6 +62,21 @@ def unit_costs(
         unit.fqn: {each.name: _counted(unit, each, cost) for each in candidates}
         for unit in units
     }
+
+
+def step_seconds(bench: Bench, policies: Sequence[Policy]) -> list[float]:
+    """Measure a step of the first batch under each policy: medians, taken in turns."""
+    runs: list[list[float]] = [[] for _ in policies]
+    for _ in range(_REPEATS):
+        for policy, found in zip(policies, runs, strict=True):
+            with bench.under(policy) as region:
+                bench.step(region, bench.batches[0])  # the first one warms up
+                begin = time.perf_counter()
+                bench.step(region, bench.batches[0])
+                found.append(time.perf_counter() - begin)
+            bench.num_steps -= 2
+            bench.num_timings += 2
+    return [statistics.median(found) for found in runs]
 
 
 def _counted(unit: Unit, candidate: Candidate, cost: CostModel) -> float:

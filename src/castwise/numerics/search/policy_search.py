@@ -209,6 +209,8 @@ class _Search:
         problem = Problem(scores, self._budget)
         best = self._trials.narrowed(problem)
         best = self._trials.polished(problem, best)
+        if self._cost == "time":
+            best = self._trials.fastest(problem, best)
         steps = self._bench.num_steps - self._scoring_steps
         return Found(
             policy=problem.policy(best.choice),

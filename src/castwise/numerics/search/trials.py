@@ -13,6 +13,7 @@ import math
 from castwise.errors import BudgetError
 from castwise.numerics.search.bench import Bench
 from castwise.numerics.search.budget import Budget
+from castwise.numerics.search.cost import step_seconds
 from castwise.numerics.search.found import Choice, Problem, Trial, worst_errors
 from castwise.numerics.search.record_file import Record, digest_of
 from castwise.numerics.search.scoring import Report
@@ -20,6 +21,7 @@ from castwise.policy.rules import Policy
 
 _HOPEFUL = 1.3  # times the budget: what may be predicted for a choice worth a trial
 _WIDEST_STEP = 16.0  # by which one trial may change what is predicted
+_CAUTION = 0.96  # by how much more a prediction is lowered after a failure
 _CLOSE = 1.02  # a bracket that is not worth narrowing
 
 
@@ -100,9 +102,11 @@ class Trials:
         cheapest = problem.cheapest()
         low, high = 0.0, math.inf  # predictions that held, and that did not
         best: Trial | None = None
-        aim = margin
+        aim, num_failures = margin, 0
         for _ in range(4 * self._most):
-            if len(self.done) >= max(1, self._most * 7 // 10):
+            # until something holds, all trials but one are for finding it
+            most = self._most - 1 if best is None else self._most * 7 // 10
+            if len(self.done) >= max(1, most):
                 break
             choice = problem.solve(aim)
             if choice is None:
@@ -111,20 +115,33 @@ class Trials:
             trial = self._try(problem, choice)
             if trial.holds:
                 best = trial if best is None or trial.cost < best.cost else best
-                low = max(low, aim)
+                low, num_failures = max(low, aim), 0
                 if choice == cheapest:
                     break
             else:
-                high = min(high, aim)
+                high, num_failures = min(high, aim), num_failures + 1
                 if choice == problem.safest():
                     break
             wanted = aim * _correction(margin, trial.usage)
+            if num_failures:  # a miss by a hair must not lead to another
+                wanted *= _CAUTION ** (2 ** (num_failures - 1))
             aim = _within(wanted, low, high)
             if high < math.inf and low > 0 and high / low < _CLOSE:
                 break
         if best is None:
             best = self._safest(problem)
         return best
+
+    def fastest(self, problem: Problem, best: Trial) -> Trial:
+        """Compare whole steps: the best against everything high, and everything low.
+
+        Times of single modules leave out what they share, so they may not add up.
+        """
+        wanted = dict.fromkeys((best.choice, problem.safest(), problem.cheapest()))
+        holding = [trial for c in wanted if (trial := self._try(problem, c)).holds]
+        policies = [problem.policy(trial.choice) for trial in holding]
+        seconds = step_seconds(self._bench, policies)
+        return holding[seconds.index(min(seconds))]
 
     def _safest(self, problem: Problem) -> Trial:
         trial = self._try(problem, problem.safest())
@@ -163,7 +180,7 @@ class Trials:
         """Spend the trials that are left on making the best choice cheaper."""
         refused: set[Choice] = {t.choice for t in self.done if not t.holds}
         while len(self.done) < self._most:
-            choice = _cheaper(problem, best, refused)
+            choice = _cheaper(problem, best, refused, self._margin)
             if choice is None:
                 return best
             trial = self._try(problem, choice)
@@ -197,19 +214,23 @@ def _within(wanted: float, low: float, high: float) -> float:
     return math.sqrt(low * high) if low > 0 else min(wanted, high / 2)
 
 
-def _cheaper(problem: Problem, best: Trial, refused: set[Choice]) -> Choice | None:
-    """The likeliest choice that is cheaper than the best by one group's change."""
-    # a choice that is likely to fail by much is not worth a trial
-    most = _HOPEFUL * max(1.0, best.predicted / best.usage if best.usage else 1.0)
+def _cheaper(
+    problem: Problem, best: Trial, refused: set[Choice], margin: float
+) -> Choice | None:
+    """A choice that is cheaper than the best by one group's change, worth a trial.
+
+    The one that saves the most of those that should fit by what was measured of the
+    best; if there is none, the likeliest to fit.
+    """
+    off = best.usage / best.predicted if best.predicted else 1.0
     options = []
     for at, one in enumerate(best.choice):
         for other in range(len(problem.candidates)):
             saved = problem.costs[at][one] - problem.costs[at][other]
-            load = problem.loads[at][other]
-            if saved <= 0 or math.isinf(load):
+            if saved <= 0 or math.isinf(problem.loads[at][other]):
                 continue
             choice = (*best.choice[:at], other, *best.choice[at + 1 :])
-            predicted = problem.predicted(choice)
-            if choice not in refused and predicted <= most:
-                options.append((predicted, -saved, choice))
+            usage = off * problem.predicted(choice)
+            if choice not in refused and usage <= _HOPEFUL * margin:
+                options.append((max(0.0, usage - margin), -saved, choice))
     return min(options)[2] if options else None
