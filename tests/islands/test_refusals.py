@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import castwise as cw
-from castwise.errors import IslandError, RuleError
+from castwise.errors import IslandError, PolicyDocumentError, RuleError
 from castwise.integrations.hosted import HostedPolicy
 from castwise.integrations.model_border import BorderedModel
 from castwise.islands import apply_policy, module_facts
@@ -77,6 +77,17 @@ def test_fp8_without_support_and_without_emulation_names_its_line(
         r"emulation: allowed",
     ):
         put(model(), policy)
+
+
+def test_an_answer_to_emulation_that_there_is_none_of_names_its_line() -> None:
+    """In the file and in Python."""
+    with pytest.raises(
+        PolicyDocumentError,
+        match=r"policy.yaml:3: emulation needs one of allowed, refused, got 'refuse'",
+    ):
+        read("  - module: a\n    precision: fp32\n", f"{HEAD}emulation: refuse\n")
+    with pytest.raises(PolicyDocumentError, match="emulation needs one of"):
+        Policy(emulation="never")
 
 
 @pytest.mark.parametrize("way", ["prepare", "contract"])
