@@ -75,7 +75,10 @@ def test_unitary_steps_that_are_solved_rightly_are_sound(stories: Any) -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "num_sites", "low", "high"),
-    [(torch.float32, 128, 105, 128), (torch.float64, 1024, 900, 985)],
+    [
+        (torch.float32, 128, 105, 128),
+        pytest.param(torch.float64, 1024, 900, 985, marks=pytest.mark.slow),
+    ],
 )
 def test_products_of_determinants_are_range_at_the_index_where_they_overflow(
     stories: Any, dtype: torch.dtype, num_sites: int, low: int, high: int

@@ -217,6 +217,26 @@ def test_mistakes_are_told_in_one_sentence() -> None:
         validate(model, data, functional.mse_loss, BF16, tolerance=math.inf)
 
 
+def test_a_model_that_fails_by_itself_is_not_blamed_on_float64() -> None:
+    """What it raises anyway is told, with its line."""
+
+    class Broken(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x[..., :3])
+
+    with pytest.raises(
+        TargetError, match=r"the model raised at .*test_validate.py:\d+"
+    ):
+        validate(Broken(15, 5), batches(1), functional.mse_loss, BF16)
+
+
+def test_a_compiled_model_is_validated_eagerly() -> None:
+    """Names of modules are those of the model."""
+    compiled = torch.compile(nn.Sequential(nn.Linear(15, 5)), backend="aot_eager")
+    found = validate(compiled, batches(1), functional.mse_loss, BF16)
+    assert [each.module for each in found.check().modules] == ["", "0"]
+
+
 # Functions: the resolvent diagonal against the dense inverse.
 
 

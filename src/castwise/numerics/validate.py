@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 from castwise.dtypes import DTYPES, format_of
-from castwise.errors import SettingsError
+from castwise.errors import SettingsError, TargetError
 from castwise.formats import FORMATS
 from castwise.islands import AppliedPolicy, apply_policy, module_facts
 from castwise.loss_scale import loss_scale_of
@@ -79,7 +79,7 @@ def validate(
     eval, that it is in.
 
     Args:
-        model: Any module tree, without a policy on it.
+        model: Any module tree, without a policy on it; a compiled one runs eagerly.
         batches: Tuples of the model's inputs and, last, the target; at least one.
         loss_fn: From the model's output and the target to a scalar.
         policy: The candidate.
@@ -99,6 +99,7 @@ def validate(
             in float64; the message names operator and line.
         BudgetError: `k` or `tolerance` is no number from 0 on.
     """
+    model = getattr(model, "_orig_mod", model)
     checked = checked_batches(batches, what="a validation", at_least=1)
     if not seeds:
         raise SettingsError("a validation needs at least one seed, such as seeds=(0,)")
@@ -124,7 +125,12 @@ def validate(
             for seed in seeds:
                 for batch in checked:
                     recorder = ReferenceOperators(exact.module) if operators else None
-                    right = exact.run(batch, seed, *([recorder] if recorder else []))
+                    modes = [recorder] if recorder else []
+                    try:
+                        right = exact.run(batch, seed, *modes)
+                    except TargetError:
+                        candidate.run(batch, seed)  # its own error is told first
+                        raise
                     got = candidate.run(batch, seed, recorder)
                     tally.add(right, got, baseline.run(batch, seed))
             tried = candidate.operators

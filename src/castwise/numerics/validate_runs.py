@@ -14,10 +14,13 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
+from castwise.errors import CastwiseError, TargetError
 from castwise.formats import FORMATS
 from castwise.islands.products import ProductsHold
 from castwise.numerics.replay import (
     SameDraws,
+    first_line,
+    line_of_user,
     runs_wide,
     seeded,
     wide_copy,
@@ -148,13 +151,13 @@ class CandidateRun:
         self._region = region
         self.scale = scale
         """The loss scale of the latest run."""
-        self._trials: list[OperatorsOnTrial] = []
+        self._tried: list[OperatorError] = []
 
     @property
     def operators(self) -> tuple[OperatorError, ...]:
         """Every operator of all runs, tried alone."""
         found: dict[tuple[Any, ...], OperatorError] = {}
-        for each in (each for trial in self._trials for each in trial.errors()):
+        for each in self._tried:
             key = each.op, each.module, each.stage, each.where, each.format, each.basis
             found[key] = found[key].joined(each) if key in found else each
         return tuple(found.values())
@@ -162,11 +165,20 @@ class CandidateRun:
     def run(
         self, batch: Batch, seed: int, recorder: ReferenceOperators | None = None
     ) -> ModuleRun:
-        """Run forward and backward on one batch; try operators if there is a record."""
+        """Run forward and backward on one batch; try operators if there is a record.
+
+        Raises:
+            TargetError: The user's code raised; the message names the line.
+        """
+        modes: list[SameDraws] = []
 
         def once(scale: float) -> ModuleRun:
-            mode = SameDraws() if recorder is None else self._trial(recorder)
-            with seeded(seed, self._device), mode:
+            if recorder is not None:
+                recorder.rewind()  # the run before had too large a loss scale
+                modes.append(OperatorsOnTrial(self._model, recorder))
+            else:
+                modes.append(SameDraws())
+            with seeded(seed, self._device), modes[-1]:
                 return run_model(
                     self._model,
                     batch,
@@ -175,15 +187,18 @@ class CandidateRun:
                     scale=scale,
                 )
 
-        found, self.scale = run_scaled(once, self.scale)
+        try:
+            found, self.scale = run_scaled(once, self.scale)
+        except CastwiseError:
+            raise
+        except Exception as error:
+            raise TargetError(
+                f"the model raised{line_of_user(error)}: {first_line(error)}"
+            ) from error
+        last = modes[-1]
+        if isinstance(last, OperatorsOnTrial):
+            self._tried.extend(last.errors())
         return found
-
-    def _trial(self, recorder: ReferenceOperators) -> OperatorsOnTrial:
-        if self._trials and self._trials[-1].recorded is recorder:
-            self._trials.pop()  # that was a run with a loss scale that was too large
-        self._trials.append(OperatorsOnTrial(self._model, recorder))
-        recorder.rewind()
-        return self._trials[-1]
 
 
 def _moved(values: Any) -> Any:
