@@ -458,6 +458,10 @@ def test_history_is_bounded_plain_data_that_a_checkpoint_keeps() -> None:
     fresh.load_state_dict(run.state_dict())
     assert fresh.history.state_dict() == history.state_dict()
     assert fresh.state_dict() == run.state_dict()
+    earlier = {
+        name: each for name, each in run.state_dict().items() if name != "history"
+    }
+    make_run("16-mixed").load_state_dict(earlier)
 
 
 def test_a_model_with_a_run_on_it_is_copied_and_pickled_without_it() -> None:

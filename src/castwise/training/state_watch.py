@@ -14,9 +14,9 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from castwise.distributed.gradients import local_part
+from castwise.distributed.gradients import local_part, unscale
 from castwise.errors import LossScaleError
-from castwise.loss_scale import NonFinite, first_non_finite
+from castwise.loss_scale import NonFinite, NoScale, first_non_finite
 
 SQUARE_LIMIT = math.sqrt(torch.finfo(torch.float32).max)
 """A gradient beyond it is finite, and its square in a second moment is not."""
@@ -76,10 +76,12 @@ class StateWatch:
 def refuse_poisoned_weights(weights: Mapping[str, torch.Tensor]) -> None:
     """Stop a run that no later step could mend; called when a step was skipped.
 
+    Of weights that are cut over processes all processes hear, and all of them stop.
+
     Raises:
         LossScaleError: A weight is not finite.
     """
-    found = first_non_finite({n: local_part(w) for n, w in weights.items()})
+    found = unscale(NoScale(), weights)
     if found is not None:
         raise LossScaleError(
             f"the weight {found.parameter!r} itself holds {found.kind}, so every step "

@@ -265,7 +265,8 @@ class Run:
             StepError: It is no state of a run.
         """
         state = {"changes": [], **state}  # absent from checkpoints of the first version
-        missing = [name for name in self.state_dict() if name not in state]
+        needed = self.state_dict().keys() - {"history"}  # earlier runs kept none
+        missing = [name for name in self.state_dict() if name in needed - state.keys()]
         if missing:
             raise StepError(
                 f"the state of a run lacks {', '.join(missing)}; give what "
@@ -275,7 +276,8 @@ class Run:
         self.phase = state["phase"]
         self.num_stepped = int(state["num_stepped"])
         self.num_skipped = int(state["num_skipped"])
-        self.history.load_state_dict(state["history"])
+        if "history" in state:
+            self.history.load_state_dict(state["history"])
         changes = from_records(state["changes"])
         if changes != self.changes:
             self._put(changes)
