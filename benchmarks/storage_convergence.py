@@ -4,7 +4,7 @@
 
 Two tasks that need no download. `latin` completes Latin squares of four rows in three
 alphabets: any cells are hidden, and the loss is the cross-entropy on these (a small
-bidirectional transformer of 150,000 weights with two heads that see one row or column).
+bidirectional transformer of 131,000 weights with two heads that see one row or column).
 `text` predicts the next character of the help texts that ship with CPython.
 
 Weights in 16 bits are compared with fp32 weights under the same bf16 operators, 8-bit
