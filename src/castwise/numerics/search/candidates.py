@@ -11,10 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from castwise.errors import FormatError, SettingsError
+from castwise.errors import SettingsError
 from castwise.formats import parse_format
 from castwise.islands.border import LOW
 from castwise.policy.precision import Precision
+
+# what surrounds it seldom takes fp64, and no tensor is held in tf32 or handed on in fp8
+_HANDED_OUT = {"fp64": "fp32", "tf32": "fp32", "fp8_e4m3": "bf16", "fp8_e5m2": "bf16"}
 
 _HELD = Precision(param="fp32", reduce="fp32")
 
@@ -55,7 +58,7 @@ def parse_candidates(formats: Iterable[str]) -> tuple[Candidate, ...]:
 
     Raises:
         SettingsError: None is given, one is given twice, or weights are mentioned.
-        FormatError: A format is unknown, or no eager module can compute in it.
+        FormatError: A format is unknown.
     """
     names = [text.strip() for text in formats]
     if not names or len(set(names)) != len(names):
@@ -79,13 +82,6 @@ def _candidate(name: str) -> Candidate:
             f"a candidate says what a module computes in and hands out, such as bf16 "
             f"or c=fp32,o=bf16; got {name!r}"
         )
-    if compute.startswith("fp8"):
-        raise FormatError(
-            f"a search tries each policy for real, and no eager module computes in "
-            f"{compute}; search over bf16, fp16, fp32, fp64"
-        )
-    output = asked.output if asked else None
-    # what surrounds it seldom takes fp64, and no tensor is held in tf32
-    output = output or ("fp32" if compute in {"fp64", "tf32"} else compute)
+    output = (asked.output if asked else None) or _HANDED_OUT.get(compute, compute)
     precision = Precision(compute=compute, output=output).over(_HELD)
     return Candidate(name=name, precision=precision)
