@@ -192,6 +192,17 @@ def test_a_gradient_that_underflows_fp16_is_range_and_names_the_loss_scale() -> 
     assert diagnose(model, [batch], tiny, preset("bf16-mixed")).is_sound
 
 
+def test_digits_that_fp16_does_not_have_are_rounding_at_any_loss_scale() -> None:
+    """The emulation overflows at the scale of the candidate; that does not mislead."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(33, 15), nn.Tanh(), nn.Linear(15, 5))
+    batch = torch.randn(9, 33), 1000 * torch.randn(9, 5)
+    found = diagnose(
+        model, [batch], functional.mse_loss, preset("16-mixed"), tolerance=1e-5
+    )
+    assert found.cause == "rounding"
+
+
 def normalised(x: torch.Tensor) -> torch.Tensor:
     """Divide by a norm that may be zero."""
     return x / x.norm(dim=-1, keepdim=True)

@@ -225,7 +225,8 @@ def format_apart(case: Case) -> Diagnosis | None:
     trail = Trail(case.module)
     case.candidate(case.batches[0], trail)
     origin = trail.first if trail.first and is_range(trail.first) else None
-    if found["a wider exponent"] < max(error, found["both as they are"]) / _HELPS:
+    helped = max(error / _HELPS, min(case.rule.tolerance, error / 2))
+    if found["a wider exponent"] < helped:
         if origin is not None:
             return _of_range(
                 case, trail, origin, "the error goes away with a wider exponent"
@@ -391,13 +392,19 @@ def _of_rounding(case: Case, error: float, more_digits: float) -> Diagnosis:
         named = f"{worst.op} alone, on right inputs, is off by {worst.error:.2g}"
     else:
         blame = Blame(module=_first_off(case))
-        named = "no operator is off by itself: small errors add up or are amplified"
+        named = (
+            "no operator is off by itself: small errors add up or are amplified, as at "
+            "the kink of a ReLU"
+        )
     return _told(
         case,
         "rounding",
         f"the error falls from {error:.2g} to {more_digits:.2g} with more digits and "
         f"the same exponent; {named}",
-        f"hold {blame.module or 'what is named'} in fp32 by a rule of the policy",
+        f"hold {blame.module} in fp32 by a rule of the policy"
+        if blame.module
+        else "hold that in fp32, let a search find what must be (castwise search), or "
+        "accept it by a tolerance",
         blame,
     )
 
