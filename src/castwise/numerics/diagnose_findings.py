@@ -13,6 +13,17 @@ import torch
 from torch import nn
 
 from castwise.formats import FORMATS
+from castwise.numerics.diagnose_answers import (
+    HELPS,
+    blame_of,
+    of_algorithm,
+    of_data,
+    of_range,
+    of_rounding,
+    of_underflow,
+    operands,
+    told,
+)
 from castwise.numerics.diagnose_arms import (
     Emulated,
     Trail,
@@ -23,22 +34,17 @@ from castwise.numerics.diagnose_arms import (
     widen_in_place,
 )
 from castwise.numerics.diagnose_case import CannotHold, Case, is_bad
-from castwise.numerics.diagnose_records import Blame, Cause, Diagnosis, EvidenceRow
+from castwise.numerics.diagnose_records import Blame, Diagnosis, EvidenceRow
 from castwise.numerics.error import relative_error, share_zero
 from castwise.numerics.operator_call import format_name
 from castwise.numerics.origins import Origin
-from castwise.numerics.validate_modules import ModuleRun, measure_modules
+from castwise.numerics.validate_modules import ModuleRun
 
 Finding = Callable[[Case], Diagnosis | None]
 
 _FP64 = FORMATS["fp64"]
-_HELPS = 10
-"""An experiment has helped where it makes the error this many times smaller."""
-
 _MASKED = 0.5
 """Share of zeros in an output above which an overflow was masked and not harmless."""
-
-_SCALES = (2.0**8, 2.0**12, 2.0**16, 2.0**20)
 
 
 def refused_number(case: Case) -> Diagnosis | None:
@@ -46,7 +52,7 @@ def refused_number(case: Case) -> Diagnosis | None:
     try:
         case.candidate_runs  # noqa: B018 -- run once, and kept
     except CannotHold as error:
-        return _told(
+        return told(
             case,
             "range",
             f"PyTorch refused it: {error}",
@@ -74,7 +80,7 @@ def nondeterminism(case: Case) -> Diagnosis | None:
         )
     )
     name = _first_that_differs(case, *pairs[0])
-    return _told(
+    return told(
         case,
         "nondeterminism",
         f"two runs with equal random states differ by {difference:.2e}",
@@ -102,10 +108,10 @@ def fails_in_float64(case: Case) -> Diagnosis | None:
         )
         places = case.bad_inputs()
         if bad and places:
-            return _of_data(case, f"{places[0]} is not finite", places[0])
+            return of_data(case, f"{places[0]} is not finite", places[0])
         weights = case.bad_weights()
         if bad and weights:
-            return _of_data(
+            return of_data(
                 case,
                 f"the weight or buffer {weights[0]} is not finite",
                 None,
@@ -116,14 +122,14 @@ def fails_in_float64(case: Case) -> Diagnosis | None:
             continue
         _narrower_trail(case, batch)
         if is_range(origin):
-            return _of_range(case, trail, origin, "float64 overflows as well")
-        return _told(
+            return of_range(case, trail, origin, "float64 overflows as well")
+        return told(
             case,
             "algorithm",
             f"float64 is not finite either: {origin.op} made {origin.made} of "
-            f"{_operands(origin)}, which has no answer in any format",
+            f"{operands(origin)}, which has no answer in any format",
             "guard that line: no format helps",
-            _blame(origin, trail),
+            blame_of(origin, trail),
         )
     return None
 
@@ -137,7 +143,7 @@ def wrong_in_float64(case: Case) -> Diagnosis | None:
         error, allowed = case.worst_error(wide), 1e-6 + 1.5 * _floor(case)
         if error > allowed:
             because = f"in float64 its error is {error:.3g} against the reference"
-            return _of_algorithm(case, because)
+            return of_algorithm(case, because)
     if figure is None or limit is None:
         return None
     case.note("fp64", wide)
@@ -146,7 +152,7 @@ def wrong_in_float64(case: Case) -> Diagnosis | None:
     if case.fp32_runs:
         case.note("fp32", case.fp32_runs)
     case.note(f"as it is ({case.format})", case.candidate_runs)
-    return _of_algorithm(
+    return of_algorithm(
         case, f"in float64 the figure is {figure:.3g} as well, of {limit:.3g} allowed"
     )
 
@@ -166,14 +172,14 @@ def not_finite(case: Case) -> Diagnosis | None:
             because = f"float64 is finite, {case.format} is not"
             if origin.stage == "backward" and scale > 1:
                 because += f", at loss scale {scale:g}"
-            return _of_range(case, trail, origin, because)
-        return _told(
+            return of_range(case, trail, origin, because)
+        return told(
             case,
             "rounding",
-            f"{origin.op} made {origin.made} of {_operands(origin)}; in float64 it is "
+            f"{origin.op} made {origin.made} of {operands(origin)}; in float64 it is "
             "not asked to, so rounding made those operands",
             f"hold {origin.site.module or 'that line'} in fp32",
-            _blame(origin, trail),
+            blame_of(origin, trail),
         )
     return None
 
@@ -194,7 +200,7 @@ def cast_tensor(case: Case) -> Diagnosis | None:
     case.evidence.append(
         EvidenceRow(what=f"fp64 with {worst} alone in {fmt}", error=explained[worst])
     )
-    return _told(
+    return told(
         case,
         "rounding",
         f"{worst} held in {fmt}, and nothing else, makes an error of "
@@ -225,14 +231,14 @@ def format_apart(case: Case) -> Diagnosis | None:
     trail = Trail(case.module)
     case.candidate(case.batches[0], trail)
     origin = trail.first if trail.first and is_range(trail.first) else None
-    helped = max(error / _HELPS, min(case.rule.tolerance, error / 2))
+    helped = max(error / HELPS, min(case.rule.tolerance, error / 2))
     if found["a wider exponent"] < helped:
         if origin is not None:
-            return _of_range(
+            return of_range(
                 case, trail, origin, "the error goes away with a wider exponent"
             )
-        return _of_underflow(case, found["a wider exponent"], error)
-    return _of_rounding(case, error, found["more digits"])
+        return of_underflow(case, found["a wider exponent"], error)
+    return of_rounding(case, error, found["more digits"])
 
 
 def lost_update(case: Case) -> Diagnosis | None:
@@ -252,7 +258,7 @@ def lost_update(case: Case) -> Diagnosis | None:
         case.evidence.append(
             EvidenceRow(what=f"{each.parameter} in {each.format}", note=note)
         )
-    return _told(
+    return told(
         case,
         "rounding",
         f"the update is {worst.size:.1e} of the weights, less than half a unit of "
@@ -280,150 +286,6 @@ FINDINGS: tuple[Finding, ...] = (
     lost_update,
 )
 """In the order in which they are looked for."""
-
-
-def _told(
-    case: Case, cause: Cause, because: str, remedy: str, blame: Blame
-) -> Diagnosis:
-    return Diagnosis(
-        subject=case.name,
-        cause=cause,
-        because=because,
-        remedy=remedy,
-        blame=blame,
-        evidence=tuple(case.evidence),
-    )
-
-
-def _of_data(
-    case: Case, because: str, where: str | None, tensor: str | None = None
-) -> Diagnosis:
-    return _told(
-        case,
-        "data",
-        f"{because}, and float64 is not finite either",
-        "look at what made it, before any format",
-        Blame(where=where, tensor=tensor),
-    )
-
-
-def _of_algorithm(case: Case, because: str) -> Diagnosis:
-    """Wrong in float64; how the iterations go is evidence."""
-    figures = []
-    for number, subject in sorted(case.settings.iterations.items()):
-        runs = case.wide_runs_of(subject)
-        figure = case.figures(runs)
-        figures.append(case.worst_error(runs) if figure is None else figure)
-        case.evidence.append(
-            EvidenceRow(what=f"fp64, {number} iterations", measure=figures[-1])
-        )
-    if len(figures) > 1 and figures[-1] > 10 * figures[0]:
-        course = f"{figures[0]:.2e} to {figures[-1]:.2e}"
-        because += f", and more iterations make it worse ({course})"
-    return _told(
-        case,
-        "algorithm",
-        f"{because}: no format helps",
-        "change the algorithm; for iterative solvers check what they require of the "
-        "system, such as symmetry and definiteness",
-        Blame(module=None),
-    )
-
-
-def _of_range(case: Case, trail: Trail, origin: Origin, because: str) -> Diagnosis:
-    call = trail.call_of(origin)
-    blame = _blame(origin, trail)
-    held = "" if origin.inputs_finite else f" ({origin.source or 'what it was fed'})"
-    what = "flushed to zero" if origin.kind == "underflow" else f"made {origin.made}"
-    operands = f"{_operands(origin)}{held} in {origin.format}"
-    said = f"call {call} of {origin.op} {what} of {operands}"
-    remedy = (
-        "rescale as it goes (carry ratios or logarithms instead of products), or take "
-        "a format with a wider exponent"
-    )
-    if origin.stage == "backward":
-        remedy = "lower the loss scale, or take a format with a wider exponent"
-    elif origin.format == "fp16":
-        remedy = (
-            "keep constants and intermediate results below 65504: for a mask use "
-            "torch.finfo(x.dtype).min; or take bf16, which has the range of fp32"
-        )
-    return _told(case, "range", f"{said}: {because}", remedy, blame)
-
-
-def _of_underflow(case: Case, wide_exponent: float, error: float) -> Diagnosis:
-    """Too small for the exponent: which operator flushes, and which scale helps."""
-    flushing = [each for each in case.operators() if each.flushed > 0.05]
-    backward = [each for each in flushing if each.stage == "backward"]
-    worst = max(backward or flushing, key=lambda each: each.flushed, default=None)
-    remedy = "rescale, or take a format with a wider exponent"
-    if worst is not None and worst.stage == "backward":
-        remedy = "use a loss scale (a policy with loss_scale: dynamic), or bf16"
-        scale = _scale_that_helps(case, error)
-        if scale is not None:
-            remedy = f"use a loss scale: {scale:g} brings the gradients back; or bf16"
-    share = (
-        ""
-        if worst is None
-        else f"; {worst.flushed:.0%} of what {worst.op} makes is zero"
-    )
-    return _told(
-        case,
-        "range",
-        f"the error falls from {error:.2g} to {wide_exponent:.2g} with a wider "
-        f"exponent and the same digits: numbers underflow in {case.format}{share}",
-        remedy,
-        Blame()
-        if worst is None
-        else Blame(
-            op=worst.op, module=worst.module, stage=worst.stage, where=worst.where
-        ),
-    )
-
-
-def _of_rounding(case: Case, error: float, more_digits: float) -> Diagnosis:
-    bad = [each for each in case.operators() if not each.holds(case.rule)]
-    forward = [each for each in bad if each.stage == "forward"]
-    worst = max(forward or bad, key=lambda each: each.error, default=None)
-    if worst is not None:
-        blame = Blame(
-            op=worst.op, module=worst.module, stage=worst.stage, where=worst.where
-        )
-        named = f"{worst.op} alone, on right inputs, is off by {worst.error:.2g}"
-    else:
-        blame = Blame(module=_first_off(case))
-        named = (
-            "no operator is off by itself: small errors add up or are amplified, as at "
-            "the kink of a ReLU"
-        )
-    return _told(
-        case,
-        "rounding",
-        f"the error falls from {error:.2g} to {more_digits:.2g} with more digits and "
-        f"the same exponent; {named}",
-        f"hold {blame.module} in fp32 by a rule of the policy"
-        if blame.module
-        else "hold that in fp32, let a search find what must be (castwise search), or "
-        "accept it by a tolerance",
-        blame,
-    )
-
-
-def _blame(origin: Origin, trail: Trail) -> Blame:
-    return Blame(
-        op=origin.op,
-        module=origin.site.module,
-        stage=origin.stage,
-        where=origin.site.where,
-        tensor=(origin.source or "").split(" ")[-1] or None,
-        call=trail.call_of(origin),
-    )
-
-
-def _operands(origin: Origin) -> str:
-    if origin.values:
-        return ", ".join(f"{value:.6g}" for value in origin.values)
-    return f"operands up to {origin.largest_input:.3g}"
 
 
 def _masked_overflow(run: ModuleRun, trail: Trail) -> bool:
@@ -505,31 +367,6 @@ def _with_rounded(case: Case, name: str, fmt: str) -> list[ModuleRun]:
     with torch.no_grad():
         buffer.copy_(Emulated(FORMATS[fmt]).rounded(buffer))
     return [wide.run(each, case.settings.seed) for each in case.batches]
-
-
-def _scale_that_helps(case: Case, error: float) -> float | None:
-    for scale in _SCALES:
-        runs = [case.candidate(each, scale=scale)[0] for each in case.batches]
-        now = case.worst_error(runs)
-        case.evidence.append(EvidenceRow(what=f"loss scale {scale:g}", error=now))
-        if case.holds(runs) or now < error / _HELPS:
-            return scale
-    return None
-
-
-def _first_off(case: Case) -> str | None:
-    """The first module, in the order of execution, whose output is too far off."""
-    assert case.module is not None or not case.candidate_runs[0].outputs
-    order = [fqn for fqn, _ in case.candidate_runs[0].outputs if fqn]
-    found = measure_modules(
-        case.candidate_runs[0], case.right_runs[0], list(dict.fromkeys(order)), "fp32"
-    )
-    off = (
-        fqn
-        for fqn, each in found.items()
-        if each.output and not case.rule.holds(each.output.relative, 0.0)
-    )
-    return next(off, None)
 
 
 def _first_that_differs(case: Case, one: ModuleRun, other: ModuleRun) -> str | None:
