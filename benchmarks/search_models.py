@@ -99,7 +99,7 @@ class LongScan(nn.Module):
 class NearTie(nn.Module):
     """A router whose two experts nearly tie for every token."""
 
-    def __init__(self, width: int, gap: float = 3e-3) -> None:
+    def __init__(self, width: int, gap: float = 3e-4) -> None:
         super().__init__()
         self.gate = nn.Linear(width, 2, bias=False)
         self.experts = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
