@@ -26,8 +26,10 @@ from castwise.errors import (
     UnmatchedRuleError,
 )
 from castwise.integrations import lightning as room
+from castwise.integrations.hosted import HostedPolicy
 from castwise.integrations.lightning import KEY, CastwisePrecision
 from castwise.loss_scale import DynamicScale, NoScale, StaticScale
+from castwise.optim import hold_weights
 from castwise.policy import Policy, preset
 from castwise.training.step import prepare
 
@@ -130,12 +132,28 @@ class Whole(nn.Module):
         return loss_of(self.body(x))
 
 
+def round_to_bf16(model: nn.Module) -> None:
+    """Let bf16 hold the weights: a host casts them before it has an optimizer."""
+    for weight in model.parameters():
+        weight.data = weight.data.bfloat16().float()
+
+
+def hold_what_is_low(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Store bf16 weights as the policies here say, and as the plugin advises."""
+    weights = [w for group in optimizer.param_groups for w in group["params"]]
+    kept = [weight for weight in weights if weight.dtype is torch.float32]
+    if len(kept) < len(weights):
+        hold_weights(optimizer, keep=kept)
+    return optimizer
+
+
 def by_hand(
     policy: Policy, *, accumulate: int = 1, **settings: Any
 ) -> tuple[Body, Any]:
     """The run that the plugin has to equal: prepare and run.step over one epoch."""
     torch.manual_seed(0)
     whole = Whole()
+    round_to_bf16(whole)
     optimizer = torch.optim.SGD(whole.parameters(), lr=0.1, momentum=0.9)
     run = prepare(whole, optimizer, policy, **settings)
     rows = [batch[0] for batch in loader()]
@@ -255,12 +273,19 @@ def test_new_tensors_are_fp64_under_64_true_and_nowhere_else() -> None:
 # --- what it does in a Trainer
 
 
+@pytest.mark.filterwarnings("ignore:.*hold 16-bit weights plain")
 @pytest.mark.parametrize("package", NAMES)
 @pytest.mark.parametrize("name", ["bf16-mixed", "bf16-true", "16-mixed"])
 def test_a_trainer_steps_as_run_step_does_bit_by_bit(package: str, name: str) -> None:
     """Islands, clipping and accumulation included, under either package name."""
     plugin = CastwisePrecision(with_head(name))
-    net = module_of(package)
+
+    def configure_optimizers(self: Any) -> torch.optim.Optimizer:
+        sgd = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+        return hold_what_is_low(sgd)
+
+    net = module_of(package, configure_optimizers=configure_optimizers)
+    round_to_bf16(net)
     kept = {}
     trainer = trainer_of(
         package, plugin, accumulate_grad_batches=2, gradient_clip_val=0.05
@@ -328,6 +353,7 @@ def test_32_true_does_nothing() -> None:
     assert plugin.coverage() == "nothing to do: every module in fp32"
 
 
+@pytest.mark.filterwarnings("ignore:.*hold 16-bit weights plain")
 @pytest.mark.parametrize("name", ["bf16-mixed", "bf16-true"])
 @pytest.mark.parametrize("fails", [False, True])
 def test_after_the_run_no_trace_is_left(name: str, fails: bool) -> None:
@@ -414,6 +440,7 @@ def test_backward_in_manual_optimization_runs_outside_of_autocast() -> None:
         optimizer.step()
 
     net = module_of("lightning", training_step=training_step)
+    round_to_bf16(net)
     net.automatic_optimization = False
     plugin = CastwisePrecision(with_head("16-mixed"))
     trainer_of("lightning", plugin).fit(net, loader())
@@ -654,6 +681,7 @@ def test_the_state_of_another_kind_of_scale_is_left_unread_and_said() -> None:
 # --- Fabric
 
 
+@pytest.mark.filterwarnings("ignore:.*hold 16-bit weights plain")
 @pytest.mark.parametrize("package", ["lightning.fabric", "lightning_fabric"])
 @pytest.mark.parametrize("name", ["bf16-mixed", "16-mixed", "bf16-true"])
 def test_a_fabric_steps_as_run_step_does_bit_by_bit(package: str, name: str) -> None:
@@ -666,9 +694,11 @@ def test_a_fabric_steps_as_run_step_does_bit_by_bit(package: str, name: str) -> 
     fabric = fabric_module.Fabric(plugins=[plugin], accelerator="cpu", devices=1)
     torch.manual_seed(0)
     whole = Whole()
+    round_to_bf16(whole)
     model, optimizer = fabric.setup(
         whole, torch.optim.SGD(whole.parameters(), lr=0.1, momentum=0.9)
     )
+    hold_what_is_low(optimizer.optimizer)
     for batch in loader():
         fabric.backward(model(batch[0]))
         fabric.clip_gradients(model, optimizer, max_norm=1e9, error_if_nonfinite=False)
@@ -683,6 +713,18 @@ def test_a_fabric_steps_as_run_step_does_bit_by_bit(package: str, name: str) -> 
     assert bool(scale) is (run.num_skipped > 0)
     plugin.teardown()
     assert type(whole.body.head) is nn.Linear
+
+
+def test_weights_that_lose_updates_in_a_host_are_told() -> None:
+    """The optimizer is the host's: 16 bits are all that its weights have."""
+    held, model = HostedPolicy(preset("bf16-true")), Whole()
+    (line,) = [t for t in held.put_on(model, torch.device("cpu")) if "plain" in t]
+    assert "modules hold 16-bit weights plain, not split" in line
+    assert "castwise.hold_weights" in line
+    held.take_off()
+    quiet = HostedPolicy(preset("bf16-true").with_storage("plain"))
+    assert not [t for t in quiet.put_on(Whole(), torch.device("cpu")) if "plain" in t]
+    quiet.take_off()
 
 
 def test_several_models_of_a_fabric_share_one_policy() -> None:
@@ -705,6 +747,7 @@ def test_several_models_of_a_fabric_share_one_policy() -> None:
     plugin.teardown()
 
 
+@pytest.mark.filterwarnings("ignore:.*hold 16-bit weights plain")
 def test_a_second_plugin_takes_the_place_of_the_first() -> None:
     """A notebook cell may be run again."""
     first, second = CastwisePrecision("bf16-true"), CastwisePrecision("16-true")

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from castwise.policy.bound import BoundPolicy
     from castwise.policy.keys import ModuleFacts
 
 Unmatched = Literal["raise", "warn"]
@@ -160,6 +161,7 @@ class HostedPolicy:
             *(f"fallback: {decision}" for decision in fallbacks),
             *dropped,
             *_cautions(policy, device),
+            *_lost_updates(model, bound),
         )
 
     def take_off(self, model: nn.Module | None = None) -> None:
@@ -245,6 +247,24 @@ class _Handle:
 
     def __reduce__(self) -> tuple[type[_Handle], tuple[()]]:
         return _Handle, ()
+
+
+def _lost_updates(model: nn.Module, bound: BoundPolicy) -> tuple[str, ...]:
+    """Say that 16-bit weights are plain here, because the host owns the optimizer."""
+    found = [
+        bound.storage_of(fqn)
+        for fqn, module in model.named_modules()
+        if next(module.parameters(recurse=False), None) is not None
+    ]
+    asked = [decision for decision in found if decision.value not in (None, "plain")]
+    if not asked:
+        return ()
+    line = (
+        f"{len(asked)} modules hold 16-bit weights plain, not {asked[0].value}: the "
+        "optimizer is the host's, and small updates are lost; give it to "
+        "castwise.hold_weights, or to castwise.prepare in a loop of your own"
+    )
+    return (line,)
 
 
 def _cautions(policy: Policy, device: torch.device) -> tuple[str, ...]:
