@@ -72,9 +72,7 @@ def checked_batches(
         )
     found = tuple(batches)
     if len(found) < at_least:
-        raise TargetError(
-            f"{what} needs at least {at_least} batches, got {len(found)}"
-        )
+        raise TargetError(f"{what} needs at least {at_least} batches, got {len(found)}")
     for batch in found:
         if not isinstance(batch, (tuple, list)) or len(batch) < 2:
             raise TargetError(
