@@ -500,6 +500,31 @@ def test_captured_graphs_are_proved_node_by_node(*, reentrant: bool | None) -> N
     assert forward[0] == forward[1]
 
 
+class Residual(nn.Module):
+    """A tensor in bf16 that an fp32 island and a residual both read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into = nn.Linear(7, 7)
+        self.lift = nn.Linear(7, 7)
+        self.last = nn.Linear(7, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Around the island, and through it."""
+        hidden = self.into(x)
+        out: torch.Tensor = self.last(hidden + self.lift(hidden))
+        return out
+
+
+def test_gradients_that_autograd_adds_up_are_nobodys_breach() -> None:
+    """The sum for a bf16 tensor runs in bf16, also where an island gave a part."""
+    policy = preset("bf16-mixed").with_rule(module="lift", precision="fp32")
+    batch = torch.randn(5, 7), torch.randint(3, (5,))
+    proof = contract(Residual(), [batch], nn.functional.cross_entropy, policy).check()
+    sums = [run for run in proof.select(stage="backward") if run.op == "add"]
+    assert "bf16" in {run.actual for run in sums}
+
+
 def test_regional_compilation_tells_instances_apart() -> None:
     """Blocks share one captured graph; each operator belongs to the block that ran."""
     model = Model()

@@ -36,6 +36,8 @@ from castwise.numerics.transport import is_transport
 if TYPE_CHECKING:
     from torch._ops import OpOverload
 
+_SUM = "add"  # how the engine of autograd adds up gradients
+
 # A recompute that keeps the random state calls an operator through one of these; it
 # stands among their arguments, the other arguments follow.
 _OPERATOR_AT = {"run_and_save_rng_state": 0, "run_with_rng_state": 1}
@@ -85,6 +87,8 @@ class _Origin:
 
     site: CallSite
     derivative: Promise
+    is_copy: bool
+    """Whether it was a cast or a view, whose backward adds nothing up."""
 
 
 class Witness(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -197,7 +201,10 @@ class Witness(TorchDispatchMode):  # type: ignore[no-untyped-call]
             stage="backward" if is_second() else "forward",
         )
         derivative = self._promises.of_derivative(seen, site, in_place=in_place)
-        self._origins.setdefault(number, _Origin(site=site, derivative=derivative))
+        self._origins.setdefault(
+            number,
+            _Origin(site=site, derivative=derivative, is_copy=seen.op == CAST),
+        )
         if call is not None:
             self._record(call, site, promise, stage)
 
@@ -217,6 +224,9 @@ class Witness(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 else self._promises.graph_backward
             )
             self._record(call, site, judge(call, site), "backward")
+        elif origin is not None and origin.is_copy and call.op == _SUM:
+            # The engine adds up gradients while the node of one of them is current.
+            self._record(call, origin.site, self._promises.engine(), "backward")
         elif origin is not None:
             self._record(call, origin.site, origin.derivative, "backward")
         else:
