@@ -33,14 +33,22 @@ _FLAT = "_flat_weights"  # the list that recurrent layers of torch.nn read
 
 
 def slots_of(owners: Sequence[nn.Module]) -> Slots:
-    """List what the forwards of modules read; not of those below them."""
-    return [dict(_slots(owner)) for owner in owners]
+    """List what the forwards of modules read; not of those below them.
+
+    What another thread has lent to them meanwhile is not listed: this waits for it.
+    """
+    with _undisturbed():
+        return [dict(_slots(owner)) for owner in owners]
+
+
+def _undisturbed() -> contextlib.AbstractContextManager[Any]:
+    return _NOTHING if torch.compiler.is_compiling() else lock
 
 
 @contextlib.contextmanager
 def lent(owners: Sequence[nn.Module], slots: Slots) -> Iterator[None]:
     """Let modules see other tensors in their slots, and give the originals back."""
-    with _NOTHING if torch.compiler.is_compiling() else lock:
+    with _undisturbed():
         before = [dict(_slots(owner)) for owner in owners]
         flat = [getattr(owner, _FLAT, None) for owner in owners]
         try:

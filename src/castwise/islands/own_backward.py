@@ -118,10 +118,10 @@ class _Call:
         self, args: Any, kwargs: Any, tensors: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor, ...]:
         """Run the forward; returns the tensors of its outputs, each once."""
-        self._state.remember()
         self._autocast = _Autocast.now(self._border.device_type)
         random = RandomStates(tensors)
         with lock, passing("forward"):
+            self._state.remember()
             outputs = self._island.run_inside(self._module, self._forward, args, kwargs)
         self._random = random if random.have_moved() else None
         taken = TakeOut()
