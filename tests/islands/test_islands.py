@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import sys
 import threading
 import warnings
 from collections import OrderedDict, namedtuple
@@ -558,10 +559,15 @@ def test_threads_may_train_one_model() -> None:
                 found[at] = gradients(inputs[at])
 
     threads = [threading.Thread(target=work, args=(start,)) for start in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # a race that is rare otherwise is met at once
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
     for got, want in zip(found, expected, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     assert all(type(weight) is nn.Parameter for weight in model.parameters())
