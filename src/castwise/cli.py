@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     # else wants the core (steps of a small model took 8 times as long); threads that
     # sleep at once wake too late. A short spin is right in both cases. GNU's OpenMP
     # reads this when torch is loaded.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         code = root.main(arguments, prog_name="castwise", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
