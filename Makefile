@@ -8,7 +8,7 @@ DEV    := $(VENV)/.installed-for-developers
 
 .PHONY: train test check docs accept benchmarks clean
 
-train: $(USER)          ## train the KenKen solver in bf16, three and a half minutes on two cores
+train: $(USER)          ## train the KenKen solver in bf16, three minutes and a quarter on two cores
 	$(BIN)/castwise train kenken --preset small --dtype bf16 $(ARGS)
 
 test: check docs        ## lint, types, storeys, documentation, tests

@@ -1,6 +1,6 @@
 """Every setting of a KenKen run, and the named presets. No torch.
 
-`tiny` is for tests (seconds), `small` is what `make train` runs (three and a half
+`tiny` is for tests (seconds), `small` is what `make train` runs (a good three
 minutes on two CPU cores), `base` is for a GPU. A resumed run must have the settings of
 the checkpoint: `describe` is what stands in it.
 """
