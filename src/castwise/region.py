@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Self
 
 import torch
 
-from castwise.autocast import autocast
+from castwise.autocast import autocast, check_operators
 from castwise.fp8_products import CARRIER, FP8
 from castwise.islands.border import LOW
 from castwise.islands.products import ProductsHold
+from castwise.policy.keys import PHASES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -27,6 +28,16 @@ if TYPE_CHECKING:
     from castwise.islands import AppliedPolicy
     from castwise.policy.ops import OperatorTable
     from castwise.policy.rules import Policy
+
+
+def refuse_unknown_operators(policy: Policy) -> None:
+    """Refuse a policy that names an operator which PyTorch does not have.
+
+    Raises:
+        RuleError: Naming the rule, and the nearest names that PyTorch has.
+    """
+    for table in dict.fromkeys(map(policy.operator_table, PHASES)):
+        check_operators(table)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,6 +12,7 @@ from castwise import fitting
 from castwise.decision import Decision
 from castwise.errors import (
     LossScaleError,
+    RuleError,
     SettingsError,
     StepError,
     UnmatchedRuleError,
@@ -492,3 +493,16 @@ def test_at_the_floor_the_run_stops_after_telling_the_outcome() -> None:
     for now, then in zip(run.model.parameters(), before, strict=True):
         torch.testing.assert_close(now, then, rtol=0, atol=0)
     assert all(w.grad is None for w in run.model.parameters())
+
+
+def test_an_unknown_operator_is_refused_before_the_first_step() -> None:
+    """By the line of its rule, with the nearest names; the model stays as it was."""
+    model = nn.Linear(3, 3)
+    text = "castwise: 1\ndefault: p=fp32,c=bf16\nrules:\n  - op: softmx\n"
+    policy = Policy.parse(f"{text}    precision: c=fp32\n", where="mine.yaml")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(RuleError, match=r"mine.yaml:4.*did you mean softmax"):
+        prepare(model, optimizer, policy)
+    assert type(model) is nn.Linear
+    right = policy.to_yaml().replace("softmx", "softmax")
+    prepare(model, optimizer, Policy.parse(right)).remove()

@@ -28,7 +28,7 @@ from castwise.islands.crossing import Crossing
 from castwise.policy.precision import FP32
 from castwise.policy.presets import PRESETS, preset
 from castwise.policy.rules import Policy
-from castwise.region import Region
+from castwise.region import Region, refuse_unknown_operators
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -145,6 +145,7 @@ class HostedPolicy:
         handle = model.__dict__.get(_NOTE)
         if isinstance(handle, _Handle) and handle.take_off is not None:
             handle.take_off()
+        refuse_unknown_operators(self.asked)
         policy, fallbacks = fit_to_device(self.asked, device, self._fallback)
         facts = module_facts(model)
         policy, dropped = self._matching(policy, facts)

@@ -28,7 +28,7 @@ from castwise.fitting import device_of, fit_to_device, refuse_sharded_storage
 from castwise.islands import AppliedPolicy, apply_policy, module_facts
 from castwise.loss_scale import LossScale, NonFinite, loss_scale_of
 from castwise.optim.clipping import ByGroup, ByRow
-from castwise.region import Region
+from castwise.region import Region, refuse_unknown_operators
 from castwise.training.admission import refuse_settings, refuse_stale_state
 from castwise.training.in_force import PrecisionInForce, held_formats
 from castwise.training.open_step import Step, StepWatcher
@@ -356,11 +356,13 @@ def prepare(
     Raises:
         UnsupportedFormatError: The device cannot do a format of the policy.
         UnmatchedRuleError: A rule matches nothing in the model.
+        RuleError: A rule names an operator that PyTorch does not have.
         IslandError: A module cannot be held as the policy says.
         SettingsError: The optimizer cannot be stepped, or is that of another model.
         WeightStorageError: A weight in 16 bits cannot be stored as the policy says.
     """
     refuse_settings(model, optimizer, clip_norm)
+    refuse_unknown_operators(policy)
     if device is not None:
         model.to(device)
     where = device_of(model)
