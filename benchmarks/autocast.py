@@ -191,6 +191,10 @@ def steps(
             reference = Step(torch_region, shape, attention=other, compiled=compiled)
             pair = f"{name}, {mine} against {other}"
             found[pair] = compare(candidate, reference, num_turns)
+            if mine == other:  # the control: how far equal steps measure apart
+                again = Step(torch_region, shape, attention=other, compiled=compiled)
+                itself = f"{name}, torch.autocast {other} against itself"
+                found[itself] = compare(again, reference, num_turns)
     return found
 
 
