@@ -23,8 +23,11 @@ class Block(nn.Module):
         self.down = nn.Linear(23, 6)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Never run here."""
-        raise NotImplementedError
+        """Attend, then widen and narrow."""
+        normed = self.norm(x)
+        mixed, _ = self.attention(normed, normed, normed)
+        out: torch.Tensor = self.down(self.up(mixed).relu())
+        return out
 
 
 class Net(nn.Module):
@@ -40,8 +43,12 @@ class Net(nn.Module):
         self.head.weight = self.embed.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Never run here."""
-        raise NotImplementedError
+        """Embed, run the blocks and the solver, and read out."""
+        hidden = self.embed(x)
+        for block in (*self.blocks, self.solver, *self.solver.steps):
+            hidden = block(hidden)
+        out: torch.Tensor = self.head(hidden)
+        return out
 
 
 FP32 = ("fp32", "fp32", "fp32")

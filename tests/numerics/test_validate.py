@@ -204,6 +204,46 @@ def test_formats_named_by_hand_are_told() -> None:
     assert found.lifted[0].endswith("to names fp32")
 
 
+@torch.library.custom_op("validated::no_fp32", mutates_args=())
+def no_fp32(x: torch.Tensor) -> torch.Tensor:
+    """Copy bf16 and fp64; there is no kernel for fp32."""
+    if x.dtype is torch.float32:
+        raise NotImplementedError("no kernel for fp32")
+    return x.clone()
+
+
+no_fp32.register_autograd(lambda _ctx, gradient: gradient)
+
+
+class Picky(nn.Module):
+    """A product, and an operator that has no fp32 form."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lift = nn.Linear(5, 7)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """In whatever wide or low format comes."""
+        lifted = self.lift(x)
+        if lifted.dtype is torch.float32:  # the run that takes the floor
+            return lifted
+        out: torch.Tensor = no_fp32(lifted)
+        return out
+
+
+def test_an_operator_that_cannot_be_tried_alone_is_told() -> None:
+    """It has no error of its own, and the report must not look as if it had."""
+    batch = torch.randn(3, 5), torch.randn(3, 7)
+    policy = preset("bf16-mixed")
+    found = validate(
+        Picky(), [batch], lambda y, t: (y.float() - t).pow(2).mean(), policy
+    )
+    assert found.untried == ("validated::no_fp32",)
+    assert "not tried alone: validated::no_fp32" in found.summary()
+    assert "validated::no_fp32" not in {each.op for each in found.operators}
+    assert found.record()["untried"] == ("validated::no_fp32",)
+
+
 def test_mistakes_are_told_in_one_sentence() -> None:
     """No batch, no seed, a loss without gradient, a bad tolerance."""
     model, data = Model(), batches(1)

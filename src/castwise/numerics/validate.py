@@ -151,6 +151,7 @@ def validate(
         scale=candidate.scale,
         modules=modules,
         operators=tried,
+        untried=tuple(candidate.untried),
         lifted=exact.lifted,
         compared=tally.compared,
     )

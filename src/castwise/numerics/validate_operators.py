@@ -207,6 +207,8 @@ class OperatorsOnTrial(SameDraws):  # type: ignore[no-untyped-call]
         """The reference that operators are tried on."""
         self._origins: dict[int, CallSite] = {}
         self._tallies: dict[tuple[Any, ...], _Tally] = {}
+        self.untried: dict[str, None] = {}
+        """Operators that could not run alone, in order of first appearance."""
 
     def errors(self) -> tuple[OperatorError, ...]:
         """What was found so far, in order of first appearance."""
@@ -268,6 +270,7 @@ class OperatorsOnTrial(SameDraws):  # type: ignore[no-untyped-call]
             recorded = self.recorded.take((call.op, site.module, site.where))
         found = _trial(func, args, kwargs, result, recorded)
         if found is None:
+            self.untried[call.op] = None
             return
         basis, error, floor, flushed = found
         place = call.op, site.module, stage, site.where, call.format, basis
@@ -334,6 +337,8 @@ def _trial(
         is_narrow = any(t.dtype.itemsize < _itemsize_fp32(t) for t in _tensors(leaves))
         floor = _worst(list(_compared(run(_as_fp32))), wanted) if is_narrow else error
     except (RuntimeError, NotImplementedError, TypeError, IndexError, ValueError):
+        # Any operator comes here, with arguments of other formats than it was given;
+        # what one without such a kernel raises is its own choice. It is told: untried.
         return None
     return basis, error, floor, max(map(_flushed, got, wanted), default=0.0)
 

@@ -166,6 +166,9 @@ class Validation:
     compared: bool
     """Whether there was anything that could have differed."""
 
+    untried: tuple[str, ...] = ()
+    """Operators without an error of their own: they do not run alone in fp64."""
+
     @property
     def holds(self) -> bool:
         """Whether everything was compared, and is within what is allowed."""
@@ -232,6 +235,8 @@ class Validation:
         if self.modules:
             num_bad = sum(each.state != "holds" for each in self.modules)
             parts.append(f"{num_bad} of {len(self.modules)} modules off")
+        if self.untried:
+            parts.append(f"not tried alone: {', '.join(self.untried)}")
         runs = f"{self.num_batches} batches, {len(self.seeds)} seeds"
         return (
             f"validation of {self.candidate} {verdict}: {', '.join(parts)}; "

@@ -152,6 +152,8 @@ class CandidateRun:
         self.scale = scale
         """The loss scale of the latest run."""
         self._tried: list[OperatorError] = []
+        self.untried: dict[str, None] = {}
+        """Operators that could not be tried alone."""
 
     @property
     def operators(self) -> tuple[OperatorError, ...]:
@@ -198,6 +200,7 @@ class CandidateRun:
         last = modes[-1]
         if isinstance(last, OperatorsOnTrial):
             self._tried.extend(last.errors())
+            self.untried |= last.untried
         return found
 
 

@@ -131,6 +131,8 @@ class WatchedCall:
         try:
             result = self.func(*args, **kwargs)
         except (RuntimeError, TypeError, NotImplementedError):
+            # What an operator without an fp64 kernel raises is its own choice. The
+            # caller then judges by the operands, and by whether the operator can grow.
             return None
         return _written(self.func, args, kwargs, result)
 

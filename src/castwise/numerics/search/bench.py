@@ -170,6 +170,8 @@ class Bench:
         try:
             yield
         except (RuntimeError, TypeError, NotImplementedError, ValueError) as error:
+            # The user's own forward runs here in a format that it may never have met;
+            # nothing is lost: the sentence names the place, the cause stays chained.
             if isinstance(error, CastwiseError):
                 raise
             name = self.reference.default.compute
