@@ -216,7 +216,6 @@ def test_a_dimension_that_is_not_enabled_has_no_stage() -> None:
     assert curriculum.stage("size") is None
     assert curriculum.shares("size") == ()
     assert [t.dimension for t in curriculum.history] == ["mode"]
-    assert curriculum.final_stage("mode") == second.stages[-1]
 
 
 def test_the_learning_rate_rises_anew_after_a_change_of_stage() -> None:

@@ -247,11 +247,6 @@ class Curriculum:
         rehearsed = tuple((stage, each) for stage in earlier if each)
         return (*rehearsed, (now, 1.0 - each * len(rehearsed)))
 
-    def final_stage(self, name: str) -> Stage | None:
-        """The last stage of a dimension: what the run is after."""
-        found = self._dimensions.get(name)
-        return found.stages[-1] if found else None
-
     def rate_factor(self, step: int) -> float:
         """Return the factor for the learning rate: it rises anew after a change."""
         if not self._history:
