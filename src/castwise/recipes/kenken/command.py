@@ -29,8 +29,8 @@ CHANGES = (
 @click.command("kenken")
 @click.option(
     "--preset",
-    type=click.Choice(["tiny", "small", "base"]),
-    help="Seconds, minutes on two cores, or a GPU.  [default: small]",
+    type=click.Choice(["tiny", "small", "hour", "base"]),
+    help="Seconds, minutes or an hour on two cores, or a GPU.  [default: small]",
 )
 @click.option(
     "--dtype",
