@@ -214,7 +214,7 @@ FEATURES = (
         title="a run that proves each operator's format",
         probe=proof,
         test=(
-            "tests/numerics/test_contract.py::"
+            "tests/numerics/contract/test_proof.py::"
             "test_autocast_switched_off_inside_is_a_breach"
         ),
         paddle=paddle("partly", "counts operators by format, no verdict [debugging]"),

@@ -24,8 +24,8 @@ from torch import nn
 from torch.nn import functional
 
 import castwise as cw
-from castwise.numerics.exponents import NUM_BINS, exponent_bins
 from castwise.numerics.watch import WatchSchedule, watch
+from castwise.numerics.watch.exponents import NUM_BINS, exponent_bins
 
 Loss = Callable[[], torch.Tensor]
 

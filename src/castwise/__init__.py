@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from castwise.numerics.search import search as search
     from castwise.numerics.validate import Validation as Validation
     from castwise.numerics.validate import validate as validate
-    from castwise.numerics.validate_function import (
+    from castwise.numerics.validate.plain_function import (
         validate_function as validate_function,
     )
     from castwise.numerics.watch import WatchSchedule as WatchSchedule
@@ -117,7 +117,7 @@ _ROOMS = {
     "search": "castwise.numerics.search",
     "shard": "castwise.distributed.sharding",
     "validate": "castwise.numerics.validate",
-    "validate_function": "castwise.numerics.validate_function",
+    "validate_function": "castwise.numerics.validate.plain_function",
     "watch": "castwise.numerics.watch",
 }
 

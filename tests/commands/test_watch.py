@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from castwise import cli
-from castwise.numerics.watch_records import WatchWindow
+from castwise.numerics.watch.windows import WatchWindow
 from castwise.report import read_report
 
 TARGET = """

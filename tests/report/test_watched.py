@@ -8,8 +8,8 @@ from xml.etree import ElementTree as ET
 import pytest
 import torch
 
-from castwise.numerics.exponents import ExponentHistogram
-from castwise.numerics.watch_records import TensorWatch, WatchWindow
+from castwise.numerics.watch.exponents import ExponentHistogram
+from castwise.numerics.watch.windows import TensorWatch, WatchWindow
 from castwise.report import (
     DataTable,
     HeatTable,

@@ -21,7 +21,7 @@ from castwise.commands.options import (
 
 if TYPE_CHECKING:
     from castwise.numerics.target import Target
-    from castwise.numerics.watch_records import WatchWindow
+    from castwise.numerics.watch.windows import WatchWindow
     from castwise.report import Report
     from castwise.training.step import Run
 

@@ -2,23 +2,18 @@
 
 Storey: above `region`, below `training`. Candidates come as callables.
 
-    census.py         which formats operators really ran in
-    contract.py       every operator ran in the format that the policy promises
-    breaches.py       what breaks a contract, and how it is found
-    promise.py        what a policy promises for one call, and whether the call kept it
-    witness.py        every operator of a run beside what it was promised
-    call_site.py      module, source line and name of a call
-    transport.py      operators that carry weights between processes: passed over
-    error.py          how far a result is from the right one, and how far it may be
-    operator_call.py  what one call read, wrote and computed
-    forensics.py      which operator made the first value that is not finite, and why
-    origins.py        where infinities and NaNs come from, operator by operator
-    watched_call.py   one call: what it read, what it wrote, and once more in fp64
-    replay.py         a model run again in float64, on the same random draws
+    target.py         what evidence is gathered on: a model, batches, a loss
     untouched.py      a model that a proof may run, and that is afterwards what it was
-    diagnose.py       rounding, range or an algorithm that fails: why something broke
-    validate.py       errors under a policy against float64, beside those of fp32
+    error.py          how far a result is from the right one, and how far it may be
+    operator_call.py  what one call of an operator read, wrote and computed
+    call_site.py      module, source line and name of a call
+    census.py         which formats operators really ran in
+    replay.py         a model run again in float64, on the same random draws
+    contract/         every operator ran in the format that the policy promises
+    forensics/        which operator made the first value that is not finite, and why
+    validate/         errors under a policy against float64, beside those of fp32
+    diagnose/         rounding, range or an algorithm that fails: why something broke
+    search/           the cheapest policy within an error budget
     lint/             mistakes of precision that can be seen before the first step
-    exponents.py      histograms that answer for every format and loss scale
-    watch.py          what underflows, overflows or does not move while a run goes on
+    watch/            what underflows, overflows or does not move while a run goes on
 """

@@ -334,3 +334,10 @@ def shown_file(file: str) -> str:
     except ValueError:
         inside = file.startswith(_TORCH)
         return f"torch{file.removeprefix(_TORCH)}" if inside else file
+
+
+def is_below(module: str | None, fqn: str) -> bool:
+    """Whether a module is the named one, or inside of it."""
+    if module is None:
+        return False
+    return not fqn or module == fqn or module.startswith(f"{fqn}.")

@@ -158,3 +158,11 @@ def _flops(func: OpOverload, args: Any, kwargs: dict[str, Any], result: Any) -> 
     if name == "addmv":
         return 2 * int(args[1].numel())
     return 0
+
+
+def address(tensor: torch.Tensor) -> int:
+    """Where a tensor's numbers stand; 0 for wrappers and shards."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except RuntimeError:  # sparse tensors and wrappers have no storage of their own
+        return 0

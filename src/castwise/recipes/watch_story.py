@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from castwise.numerics.watch import Watch, WatchSchedule, watch
-from castwise.numerics.watch_records import WatchWindow
+from castwise.numerics.watch.windows import WatchWindow
 from castwise.report.records import Section
 from castwise.report.watched import Promotion, watch_sections
 from castwise.training.journal import Journal, Record

@@ -9,8 +9,8 @@ from __future__ import annotations
 from html import escape
 
 from castwise.formats import FORMATS
-from castwise.numerics.exponents import ExponentHistogram
-from castwise.numerics.watch_records import WHAT_IF, TensorKind, WatchWindow
+from castwise.numerics.watch.exponents import ExponentHistogram
+from castwise.numerics.watch.windows import WHAT_IF, TensorKind, WatchWindow
 from castwise.report.records import Drawing
 
 _COLOURS: dict[TensorKind, str] = {

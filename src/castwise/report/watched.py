@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from castwise.numerics.watch_records import (
+from castwise.numerics.watch.windows import (
     WHAT_IF,
     TensorWatch,
     WatchWindow,

@@ -23,8 +23,8 @@ from torch import nn
 
 from castwise.errors import StepError
 from castwise.numerics.forensics import NonFiniteOperator, told
-from castwise.numerics.origins import Origins
-from castwise.numerics.watched_call import is_finite
+from castwise.numerics.forensics.origins import Origins
+from castwise.numerics.forensics.watched_call import is_finite
 from castwise.training.random_state import (
     capture_random_states,
     restore_random_states,

@@ -34,7 +34,7 @@ from castwise.errors import (
     StepError,
 )
 from castwise.loss_scale import first_non_finite
-from castwise.numerics.watch_table import num_ranks
+from castwise.numerics.watch.table import num_ranks
 from castwise.policy import Precision
 from castwise.training.open_step import Step
 from castwise.training.outcome import Skipped, Stepped

@@ -9,7 +9,7 @@ import torch
 
 from castwise.dtypes import DTYPES
 from castwise.formats import FORMATS
-from castwise.numerics.exponents import ExponentHistogram
+from castwise.numerics.watch.exponents import ExponentHistogram
 from castwise.rounding import round_nearest
 
 WIDE = torch.float32, torch.float64

@@ -11,10 +11,10 @@ from torch.nn import functional
 
 import castwise as cw
 from castwise.errors import SettingsError
-from castwise.numerics.exponents import ExponentHistogram
 from castwise.numerics.watch import WatchSchedule, watch
-from castwise.numerics.watch_records import WatchWindow
-from castwise.numerics.watch_samples import SAMPLE, Counter, LostUpdates, Places
+from castwise.numerics.watch.exponents import ExponentHistogram
+from castwise.numerics.watch.samples import SAMPLE, Counter, LostUpdates, Places
+from castwise.numerics.watch.windows import WatchWindow
 from two_ranks import TwoRanks
 
 

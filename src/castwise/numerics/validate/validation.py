@@ -33,7 +33,7 @@ from castwise.errors import SettingsError, TargetError
 from castwise.formats import FORMATS
 from castwise.islands import AppliedPolicy, apply_policy, module_facts
 from castwise.loss_scale import loss_scale_of
-from castwise.numerics.breaches import is_below
+from castwise.numerics.call_site import is_below
 from castwise.numerics.error import (
     DEFAULT_K,
     MOST_TOLERATED,
@@ -46,14 +46,17 @@ from castwise.numerics.error import (
 )
 from castwise.numerics.target import Batch, LossFn, checked_batches
 from castwise.numerics.untouched import untouched
-from castwise.numerics.validate_modules import (
+from castwise.numerics.validate.module_runs import (
     ModuleMeasures,
     ModuleRun,
     measure_modules,
 )
-from castwise.numerics.validate_operators import OperatorError, ReferenceOperators
-from castwise.numerics.validate_records import Judged, ModuleVerdict, Validation
-from castwise.numerics.validate_runs import BaselineRun, CandidateRun, WideRun
+from castwise.numerics.validate.operators_on_trial import (
+    OperatorError,
+    ReferenceOperators,
+)
+from castwise.numerics.validate.three_runs import BaselineRun, CandidateRun, WideRun
+from castwise.numerics.validate.verdicts import Judged, ModuleVerdict, Validation
 from castwise.policy.rules import Policy
 from castwise.region import Region
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from castwise.numerics.diagnose_arms import Trail
-from castwise.numerics.diagnose_case import Case
-from castwise.numerics.diagnose_records import Blame, Cause, Diagnosis, EvidenceRow
-from castwise.numerics.origins import Origin
-from castwise.numerics.validate_modules import measure_modules
+from castwise.numerics.diagnose.case import Case
+from castwise.numerics.diagnose.causes import Blame, Cause, Diagnosis, EvidenceRow
+from castwise.numerics.diagnose.experiments import Trail
+from castwise.numerics.forensics.origins import Origin
+from castwise.numerics.validate.module_runs import measure_modules
 
 HELPS = 10
 """An experiment has helped where it makes the error this many times smaller."""

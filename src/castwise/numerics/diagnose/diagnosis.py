@@ -27,9 +27,9 @@ from typing import Any
 import torch
 
 from castwise.errors import TargetError
-from castwise.numerics.diagnose_case import Case, Figure, Settings, Subject
-from castwise.numerics.diagnose_findings import FINDINGS
-from castwise.numerics.diagnose_records import Blame, Cause, Diagnosis, EvidenceRow
+from castwise.numerics.diagnose.case import Case, Figure, Settings, Subject
+from castwise.numerics.diagnose.causes import Blame, Cause, Diagnosis, EvidenceRow
+from castwise.numerics.diagnose.hypotheses import HYPOTHESES
 from castwise.numerics.target import Batch, LossFn, checked_batches
 from castwise.policy.rules import Policy
 
@@ -100,7 +100,7 @@ def diagnose(
     )
     case = Case(subject, checked, loss_fn, policy, settings)
     with case.in_force():
-        for look in FINDINGS:
+        for look in HYPOTHESES:
             found = look(case)
             if found is not None:
                 return found

@@ -27,8 +27,8 @@ from castwise.numerics.replay import (
     wide_values,
 )
 from castwise.numerics.target import Batch, LossFn
-from castwise.numerics.validate_modules import ModuleRun, run_model, run_scaled
-from castwise.numerics.validate_operators import (
+from castwise.numerics.validate.module_runs import ModuleRun, run_model, run_scaled
+from castwise.numerics.validate.operators_on_trial import (
     OperatorError,
     OperatorsOnTrial,
     ReferenceOperators,

@@ -26,8 +26,8 @@ from torch import nn
 
 from castwise.errors import FormatError
 from castwise.formats import parse_format
+from castwise.numerics.forensics.origins import Kind, Origin, Origins
 from castwise.numerics.operator_call import Stage, floating
-from castwise.numerics.origins import Kind, Origin, Origins
 
 __all__ = ["Kind", "NonFiniteOperator", "first_nonfinite"]
 

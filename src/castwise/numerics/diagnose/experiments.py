@@ -20,10 +20,10 @@ from torch.utils._pytree import tree_map
 
 from castwise.errors import TargetError
 from castwise.formats import Format
+from castwise.numerics.forensics.origins import Origin, Origins
+from castwise.numerics.forensics.watched_call import WatchedCall
 from castwise.numerics.operator_call import is_view
-from castwise.numerics.origins import Origin, Origins
 from castwise.numerics.replay import SameDraws, Wide, first_line
-from castwise.numerics.watched_call import WatchedCall
 from castwise.rounding import round_nearest
 
 ENDS = {"fp64": 1e150, "complex128": 1e150, "fp32": 1e18, "complex64": 1e18}

@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from castwise.errors import BudgetError
-from castwise.numerics.breaches import is_below
+from castwise.numerics.call_site import is_below
 from castwise.numerics.error import Measures, NoiseRule
-from castwise.numerics.validate_modules import ModuleMeasures
-from castwise.numerics.validate_operators import OperatorError
+from castwise.numerics.validate.module_runs import ModuleMeasures
+from castwise.numerics.validate.operators_on_trial import OperatorError
 
 _MOST_NAMED = 4
 

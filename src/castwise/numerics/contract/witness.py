@@ -23,15 +23,16 @@ from castwise.dtypes import dtype_of
 from castwise.fp8_products import CARRIER, GRADIENT, is_rounded, multiplied
 from castwise.islands.passage import is_second, number_now
 from castwise.numerics.call_site import CallSite, CallSites
+from castwise.numerics.contract.promise import Promise, Promises
+from castwise.numerics.contract.transport import is_transport
 from castwise.numerics.operator_call import (
     CAST,
     OperatorCall,
     Stage,
+    address,
     describe,
     stage_now,
 )
-from castwise.numerics.promise import Promise, Promises
-from castwise.numerics.transport import is_transport
 
 if TYPE_CHECKING:
     from torch._ops import OpOverload
@@ -279,11 +280,3 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(item)
     elif isinstance(value, dict):
         yield from _tensors(list(value.values()))
-
-
-def address(tensor: torch.Tensor) -> int:
-    """Where a tensor's numbers stand; 0 for wrappers and shards."""
-    try:
-        return tensor.untyped_storage().data_ptr()
-    except RuntimeError:  # sparse tensors and wrappers have no storage of their own
-        return 0

@@ -26,9 +26,9 @@ from castwise.islands.crossing import tensors_in
 from castwise.islands.facts import join
 from castwise.islands.passage import is_second
 from castwise.islands.swap import island_of
-from castwise.numerics.call_site import without_wrapper
-from castwise.numerics.operator_call import CAST, format_name
-from castwise.numerics.witness import OperatorRun, Witness, address
+from castwise.numerics.call_site import is_below, without_wrapper
+from castwise.numerics.contract.witness import OperatorRun, Witness
+from castwise.numerics.operator_call import CAST, address, format_name
 
 if TYPE_CHECKING:
     from castwise.policy.bound import BoundPolicy
@@ -205,13 +205,6 @@ class _OutputWatch:
                         where="",
                     )
                 )
-
-
-def is_below(module: str | None, fqn: str) -> bool:
-    """Whether a module is the named one, or inside of it."""
-    if module is None:
-        return False
-    return not fqn or module == fqn or module.startswith(f"{fqn}.")
 
 
 def _shown(module: str | None) -> str:

@@ -20,8 +20,8 @@ from castwise.errors import TargetError
 from castwise.formats import FORMATS, Format
 from castwise.islands import AppliedPolicy, apply_policy, module_facts
 from castwise.loss_scale import loss_scale_of
-from castwise.numerics.diagnose_arms import Emulated, Trail
-from castwise.numerics.diagnose_records import EvidenceRow, largest
+from castwise.numerics.diagnose.causes import EvidenceRow, largest
+from castwise.numerics.diagnose.experiments import Emulated, Trail
 from castwise.numerics.error import (
     NoiseRule,
     loss_drift,
@@ -39,19 +39,19 @@ from castwise.numerics.replay import (
 )
 from castwise.numerics.target import Batch, LossFn
 from castwise.numerics.untouched import untouched
-from castwise.numerics.validate import narrowest_format, rule_for
-from castwise.numerics.validate_modules import (
+from castwise.numerics.validate.module_runs import (
     ModuleRun,
     measure_modules,
     run_model,
     run_scaled,
 )
-from castwise.numerics.validate_operators import (
+from castwise.numerics.validate.operators_on_trial import (
     OperatorError,
     OperatorsOnTrial,
     ReferenceOperators,
 )
-from castwise.numerics.validate_runs import WideRun
+from castwise.numerics.validate.three_runs import WideRun
+from castwise.numerics.validate.validation import narrowest_format, rule_for
 from castwise.policy.rules import Policy
 from castwise.region import Region
 

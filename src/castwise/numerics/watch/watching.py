@@ -27,8 +27,8 @@ from torch import nn
 
 from castwise.errors import SettingsError, StepError
 from castwise.numerics.operator_call import floating
-from castwise.numerics.watch_records import WatchWindow
-from castwise.numerics.watch_table import WatchTable, num_ranks
+from castwise.numerics.watch.table import WatchTable, num_ranks
+from castwise.numerics.watch.windows import WatchWindow
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

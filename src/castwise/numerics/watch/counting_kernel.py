@@ -11,7 +11,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from castwise.numerics.exponents import INFINITE, LOWEST, NAN, ZERO
+from castwise.numerics.watch.exponents import INFINITE, LOWEST, NAN, ZERO
 
 _FIRST = -127 - LOWEST  # the bin of exponent field 0, were it a normal number
 _TOP = 255

@@ -28,21 +28,21 @@ from castwise.dtypes import dtype_of
 from castwise.errors import ContractError
 from castwise.fp8_products import CARRIER, FP8
 from castwise.islands import AppliedPolicy, apply_policy, module_facts
-from castwise.numerics.breaches import (
+from castwise.numerics.call_site import is_below
+from castwise.numerics.census import scaled
+from castwise.numerics.contract.breaches import (
     Breach,
     breach_of,
     compiled_modules,
     coverage,
     held_otherwise,
-    is_below,
     watch_outputs,
 )
-from castwise.numerics.census import scaled
+from castwise.numerics.contract.promise import Promises
+from castwise.numerics.contract.witness import OperatorRun, Witness
 from castwise.numerics.operator_call import CAST, floating, format_name
-from castwise.numerics.promise import Promises
 from castwise.numerics.target import checked_batches, checked_loss
 from castwise.numerics.untouched import untouched
-from castwise.numerics.witness import OperatorRun, Witness
 from castwise.region import Region
 
 if TYPE_CHECKING:

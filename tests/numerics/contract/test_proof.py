@@ -18,8 +18,8 @@ from castwise.islands import apply_policy, module_facts
 from castwise.islands.border import Border
 from castwise.islands.crossing import Crossing
 from castwise.islands.products import ProductsHold
-from castwise.numerics.breaches import Breach
 from castwise.numerics.contract import Contract, contract, prove
+from castwise.numerics.contract.breaches import Breach
 from castwise.policy import Policy, preset
 from castwise.region import Region
 

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from castwise.formats import FORMATS
-from castwise.numerics.exponents import (
+from castwise.numerics.watch.exponents import (
     INFINITE,
     LOWEST,
     NAN,
@@ -101,7 +101,7 @@ class Counter:
             if is_wide:
                 self._count_bins(values, self._rows.of(pairs))
             elif values.device.type == "cpu":
-                from castwise.numerics.watch_kernel import tally  # noqa: PLC0415 -- imports numba
+                from castwise.numerics.watch.counting_kernel import tally  # noqa: PLC0415 -- imports numba
 
                 bits = values.view(torch.int32).numpy()
                 tally(bits, *_lengths(pairs), self._counts.numpy())
@@ -194,7 +194,7 @@ class LostUpdates:
         pairs: list[tuple[int, torch.Tensor]],
     ) -> None:
         """Count in machine code."""
-        from castwise.numerics.watch_kernel import tally_lost  # noqa: PLC0415 -- imports numba
+        from castwise.numerics.watch.counting_kernel import tally_lost  # noqa: PLC0415 -- imports numba
 
         tally_lost(
             old.numpy(),

@@ -33,8 +33,8 @@ from castwise.numerics.replay import (
     seeded,
     wide_values,
 )
-from castwise.numerics.validate import rule_for
-from castwise.numerics.validate_records import Judged, Validation
+from castwise.numerics.validate.validation import rule_for
+from castwise.numerics.validate.verdicts import Judged, Validation
 
 Function = Callable[..., Any]
 

@@ -13,10 +13,10 @@ from typing import final
 import torch
 from torch import distributed, nn
 
-from castwise.numerics.exponents import ExponentHistogram
 from castwise.numerics.operator_call import format_name
-from castwise.numerics.watch_records import TensorKind, TensorWatch
-from castwise.numerics.watch_samples import Counter, LostUpdates, Places
+from castwise.numerics.watch.exponents import ExponentHistogram
+from castwise.numerics.watch.samples import Counter, LostUpdates, Places
+from castwise.numerics.watch.windows import TensorKind, TensorWatch
 
 _WHAT_IF_WEIGHTS = ("bf16", "fp16")
 

@@ -17,7 +17,7 @@ from castwise.errors import SettingsError
 from castwise.layers import reference
 from castwise.layers.resolvent import resolvent_diagonal
 from castwise.numerics.error import absolute_error, share_zero
-from castwise.numerics.validate_function import validate_function
+from castwise.numerics.validate.plain_function import validate_function
 
 THRESHOLD = 1e-4
 """The largest absolute error of an entry, and relative error of a gradient."""

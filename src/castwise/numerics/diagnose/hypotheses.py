@@ -1,6 +1,6 @@
-"""Findings of a diagnosis: each looks for one thing, and tells it with its evidence.
+"""Hypotheses of a diagnosis: each looks for one cause, and tells it with evidence.
 
-They are listed in `FINDINGS` in the order in which they are looked for; the order is
+They are listed in `HYPOTHESES` in the order in which they are looked for; the order is
 part of the reasoning, because each of them relies on what the ones before ruled out.
 """
 
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from castwise.formats import FORMATS
-from castwise.numerics.diagnose_answers import (
+from castwise.numerics.diagnose.answers import (
     HELPS,
     blame_of,
     of_algorithm,
@@ -24,7 +24,9 @@ from castwise.numerics.diagnose_answers import (
     operands,
     told,
 )
-from castwise.numerics.diagnose_arms import (
+from castwise.numerics.diagnose.case import CannotHold, Case, is_bad
+from castwise.numerics.diagnose.causes import Blame, Diagnosis, EvidenceRow
+from castwise.numerics.diagnose.experiments import (
     Emulated,
     Trail,
     Update,
@@ -33,14 +35,12 @@ from castwise.numerics.diagnose_arms import (
     taken_apart,
     widen_in_place,
 )
-from castwise.numerics.diagnose_case import CannotHold, Case, is_bad
-from castwise.numerics.diagnose_records import Blame, Diagnosis, EvidenceRow
 from castwise.numerics.error import relative_error, share_zero
+from castwise.numerics.forensics.origins import Origin
 from castwise.numerics.operator_call import format_name
-from castwise.numerics.origins import Origin
-from castwise.numerics.validate_modules import ModuleRun
+from castwise.numerics.validate.module_runs import ModuleRun
 
-Finding = Callable[[Case], Diagnosis | None]
+Hypothesis = Callable[[Case], Diagnosis | None]
 
 _FP64 = FORMATS["fp64"]
 _MASKED = 0.5
@@ -275,7 +275,7 @@ def lost_update(case: Case) -> Diagnosis | None:
     )
 
 
-FINDINGS: tuple[Finding, ...] = (
+HYPOTHESES: tuple[Hypothesis, ...] = (
     refused_number,
     nondeterminism,
     fails_in_float64,

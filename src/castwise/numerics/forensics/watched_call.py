@@ -16,8 +16,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map
 
-from castwise.numerics.operator_call import describe, floating
-from castwise.numerics.witness import address
+from castwise.numerics.operator_call import address, describe, floating
 
 if TYPE_CHECKING:
     from torch._ops import OpOverload

@@ -26,21 +26,21 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from castwise.numerics.call_site import CallSite, CallSites, is_users, shown_file
-from castwise.numerics.operator_call import (
-    CAST,
-    Stage,
-    format_name,
-    is_view,
-    stage_now,
-)
-from castwise.numerics.watched_call import (
+from castwise.numerics.forensics.watched_call import (
     WatchedCall,
     has_nan,
     has_zero,
     is_fake,
     is_finite,
 )
-from castwise.numerics.witness import address
+from castwise.numerics.operator_call import (
+    CAST,
+    Stage,
+    address,
+    format_name,
+    is_view,
+    stage_now,
+)
 
 Kind = Literal["overflow", "underflow", "nan"]
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from castwise.formats import Format
-from castwise.numerics.exponents import ExponentHistogram, RangeShares
+from castwise.numerics.watch.exponents import ExponentHistogram, RangeShares
 
 TensorKind = Literal["weight", "gradient", "output", "output_gradient"]
 """What was counted: parameters, their gradients, what modules hand out, and the

@@ -13,8 +13,10 @@ from castwise.errors import BudgetError, SettingsError, TargetError
 from castwise.layers import reference
 from castwise.layers.resolvent import resolvent_diagonal
 from castwise.numerics.validate import validate
-from castwise.numerics.validate_function import validate_function
-from castwise.numerics.validate_resolvent import validate_mixed_precision_accuracy
+from castwise.numerics.validate.plain_function import validate_function
+from castwise.numerics.validate.resolvent_accuracy import (
+    validate_mixed_precision_accuracy,
+)
 from castwise.policy import Policy, preset
 
 BF16 = preset("bf16-mixed")
