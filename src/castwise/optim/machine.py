@@ -26,10 +26,10 @@ from typing import Any
 
 import numba
 import numpy as np
-from numba import njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic
+from numba import njit
 from numba.np.numpy_support import carray
+
+from castwise.optim.addresses import pointer
 
 BLOCK = 256  # numbers that share the scale of an 8-bit state
 SPAN = 512  # numbers that are worked on at a time: five of 2 KiB in the cache
@@ -59,30 +59,16 @@ _TINY = np.float32(np.finfo(np.float32).tiny)  # a block below it is a block of 
 _COMPILE: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}
 
 
-def _to_pointer(typing_context: Any, address: Any) -> Any:
-    """Return an address as a pointer."""
-    del typing_context, address
-
-    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        del context, signature
-        return builder.inttoptr(values[0], cgutils.voidptr_t)
-
-    return types.voidptr(types.int64), generate
-
-
-_pointer: Any = intrinsic(_to_pointer)
-
-
 @njit(**_COMPILE)  # type: ignore[untyped-decorator]
 def _load_gradient(fmt: int, address: int, n: int, bits: Any, factor: Any) -> None:
     """Write the gradient in fp32 times a factor into the view of `bits`."""
     out = bits.view(np.float32)
     if fmt == FP32:
-        wide = carray(_pointer(address), (n,), np.float32)
+        wide = carray(pointer(address), (n,), np.float32)
         for i in range(n):
             out[i] = wide[i] * factor
         return
-    narrow = carray(_pointer(address), (n,), np.int16)
+    narrow = carray(pointer(address), (n,), np.int16)
     if fmt == BF16:
         for i in range(n):
             bits[i] = np.int32(narrow[i]) << np.int32(16)
@@ -106,7 +92,7 @@ def _load_gradient(fmt: int, address: int, n: int, bits: Any, factor: Any) -> No
 @njit(**_COMPILE)  # type: ignore[untyped-decorator]
 def _load_signed(address: int, scale: Any, n: int, out: Any) -> None:
     """Write one coded block in fp32 into `out`: sign and square."""
-    codes = carray(_pointer(address), (n,), np.int8)
+    codes = carray(pointer(address), (n,), np.int8)
     unit = scale * np.float32(1 / 127**2)
     for i in range(n):
         code = np.float32(np.int32(codes[i]))
@@ -116,7 +102,7 @@ def _load_signed(address: int, scale: Any, n: int, out: Any) -> None:
 @njit(**_COMPILE)  # type: ignore[untyped-decorator]
 def _load_quartic(address: int, scale: Any, n: int, out: Any) -> None:
     """Write one coded block in fp32 into `out`: fourth power."""
-    codes = carray(_pointer(address), (n,), np.uint8)
+    codes = carray(pointer(address), (n,), np.uint8)
     for i in range(n):
         root = np.float32(np.int32(codes[i])) * np.float32(1 / 255)
         square = root * root
@@ -135,7 +121,7 @@ def _largest(n: int, bits: Any) -> Any:
 @njit(**_COMPILE)  # type: ignore[untyped-decorator]
 def _store_signed(address: int, scale: Any, n: int, x: Any) -> None:
     """Code a block by sign and root: 127 * sqrt(|x| / largest)."""
-    codes = carray(_pointer(address), (n,), np.int8)
+    codes = carray(pointer(address), (n,), np.int8)
     inverse = np.float32(1) / scale if scale > 0 else np.float32(0)
     for i in range(n):
         root = np.sqrt(np.abs(x[i]) * inverse) * np.float32(127) + np.float32(0.5)
@@ -146,7 +132,7 @@ def _store_signed(address: int, scale: Any, n: int, x: Any) -> None:
 @njit(**_COMPILE)  # type: ignore[untyped-decorator]
 def _store_quartic(address: int, scale: Any, n: int, square_root: Any) -> None:
     """Code a block by the fourth root: 255 * (x / largest)^(1/4)."""
-    codes = carray(_pointer(address), (n,), np.uint8)
+    codes = carray(pointer(address), (n,), np.uint8)
     inverse = np.float32(1) / np.sqrt(scale) if scale > 0 else np.float32(0)
     for i in range(n):
         root = np.sqrt(square_root[i] * inverse) * np.float32(255) + np.float32(0.5)
@@ -159,7 +145,7 @@ def _load_state(
 ) -> None:
     """Write the blocks of a coded state from element `start` on in fp32."""
     first = start // BLOCK
-    table = carray(_pointer(scales + 4 * first), (SPAN // BLOCK,), np.float32)
+    table = carray(pointer(scales + 4 * first), (SPAN // BLOCK,), np.float32)
     for k in range((n + BLOCK - 1) // BLOCK):
         at, size = k * BLOCK, min(BLOCK, n - k * BLOCK)
         if fmt == SIGNED_QUADRATIC:
@@ -178,8 +164,8 @@ def _store_state(
     and AdamW has computed already.
     """
     first = start // BLOCK
-    table = carray(_pointer(scales + 4 * first), (SPAN // BLOCK,), np.float32)
-    table_bits = carray(_pointer(scales + 4 * first), (SPAN // BLOCK,), np.int32)
+    table = carray(pointer(scales + 4 * first), (SPAN // BLOCK,), np.float32)
+    table_bits = carray(pointer(scales + 4 * first), (SPAN // BLOCK,), np.int32)
     values = bits.view(np.float32)
     for k in range((n + BLOCK - 1) // BLOCK):
         at, size = k * BLOCK, min(BLOCK, n - k * BLOCK)
@@ -197,8 +183,8 @@ def _store_state(
 @njit(**_COMPILE)  # type: ignore[untyped-decorator]
 def _join(weight: int, remainder: int, n: int, bits: Any) -> None:
     """Write the fp32 weight of both pieces as bits; `pieces` draws them."""
-    high = carray(_pointer(weight), (n,), np.int16)
-    low = carray(_pointer(remainder), (n,), np.int16)
+    high = carray(pointer(weight), (n,), np.int16)
+    low = carray(pointer(remainder), (n,), np.int16)
     for i in range(n):
         bits[i] = (np.int32(high[i]) << np.int32(16)) + np.int32(low[i])
 
@@ -206,8 +192,8 @@ def _join(weight: int, remainder: int, n: int, bits: Any) -> None:
 @njit(**_COMPILE)  # type: ignore[untyped-decorator]
 def _split(weight: int, remainder: int, n: int, bits: Any) -> None:
     """Write both pieces of an fp32 weight."""
-    high = carray(_pointer(weight), (n,), np.int16)
-    low = carray(_pointer(remainder), (n,), np.int16)
+    high = carray(pointer(weight), (n,), np.int16)
+    low = carray(pointer(remainder), (n,), np.int16)
     for i in range(n):
         upper = (bits[i] + np.int32(0x8000)) >> np.int32(16)
         high[i] = np.int16(upper)
@@ -274,15 +260,15 @@ def _span(  # noqa: C901 -- one branch for each format of each stage
     code1, at1, scales1 = row[FIRST_FORMAT], row[FIRST], row[FIRST_SCALES]
     code2, at2, scales2 = row[SECOND_FORMAT], row[SECOND], row[SECOND_SCALES]
     if code1 == FP32:
-        first = carray(_pointer(at1 + start * 4), (SPAN,), np.float32)
+        first = carray(pointer(at1 + start * 4), (SPAN,), np.float32)
     elif code1 != ABSENT:
         _load_state(code1, at1, scales1, start, n, first)
     if code2 == FP32:
-        second = carray(_pointer(at2 + start * 4), (SPAN,), np.float32)
+        second = carray(pointer(at2 + start * 4), (SPAN,), np.float32)
     elif code2 != ABSENT:
         _load_state(code2, at2, scales2, start, n, second)
     if row[WEIGHT_FORMAT] == FP32:
-        weight = carray(_pointer(row[WEIGHT] + start * 4), (SPAN,), np.float32)
+        weight = carray(pointer(row[WEIGHT] + start * 4), (SPAN,), np.float32)
     else:
         _join(row[WEIGHT] + start * 2, row[REMAINDER] + start * 2, n, room[1])
 
@@ -363,13 +349,13 @@ def square_sums(table: Any, factor: Any, out: Any) -> None:
 @njit(**_COMPILE)  # type: ignore[untyped-decorator]
 def join(weight: int, remainder: int, full: int, n: int) -> None:
     """Write the fp32 weights of both pieces at the address `full`."""
-    _join(weight, remainder, n, carray(_pointer(full), (n,), np.int32))
+    _join(weight, remainder, n, carray(pointer(full), (n,), np.int32))
 
 
 @njit(**_COMPILE)  # type: ignore[untyped-decorator]
 def split(weight: int, remainder: int, full: int, n: int) -> None:
     """Write both pieces of the fp32 weights at the address `full`."""
-    _split(weight, remainder, n, carray(_pointer(full), (n,), np.int32))
+    _split(weight, remainder, n, carray(pointer(full), (n,), np.int32))
 
 
 def version() -> str:

@@ -13,9 +13,12 @@ import castwise as cw
 from castwise.errors import SettingsError
 from castwise.numerics.watch import WatchSchedule, watch
 from castwise.numerics.watch.exponents import ExponentHistogram
+from castwise.numerics.watch.machine_counter import MachineCounter
 from castwise.numerics.watch.samples import SAMPLE, Counter, LostUpdates, Places
 from castwise.numerics.watch.windows import WatchWindow
 from two_ranks import TwoRanks
+
+FORMATS = ("bf16", "fp16")
 
 
 def small_model() -> nn.Sequential:
@@ -210,25 +213,69 @@ def test_a_large_tensor_is_sampled_without_global_random_numbers() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_machine_code_counts_as_operators_do() -> None:
-    """The loop over numbers, and the operators that other devices use."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [1, 63, SAMPLE, SAMPLE + 1, 100_003])
+def test_machine_code_counts_as_operators_do(dtype: torch.dtype, size: int) -> None:
+    """The loop that reads memory, and the operators that other devices use."""
+    torch.manual_seed(size)
+    values = torch.randn(size) * torch.exp2(torch.randint(-40, 9, (size,)).float())
+    odd = torch.tensor([0.0, -0.0, 1e-42, 3e-6, torch.inf, -torch.inf, torch.nan])
+    values[: len(odd)] = odd[:size]
+    tensor = values.to(dtype)
+    places, counter = Places(tensor.device), Counter(2, tensor.device)
+    counter.add(1, places.sample(tensor))
+    counter.count()
+    machine = MachineCounter(2, ())
+    machine.renew(places.draws)
+    assert machine.fits(tensor)
+    machine.see(1, tensor)
+    machine.count()
+    assert torch.equal(counter.take(), torch.from_numpy(machine.take()[0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_machine_code_counts_lost_updates_as_operators_do(dtype: torch.dtype) -> None:
+    """Three weights in odd rows, one of them sampled; one that is gone is not told."""
     torch.manual_seed(0)
-    old = torch.randn(3001) * torch.exp2(torch.randint(-40, 9, (3001,)).float())
-    new = old + 1e-3 * torch.randn(3001) * (torch.rand(3001) < 0.7)
-    gradient = torch.randn(3001) * (torch.rand(3001) < 0.9)
-    cuts = [each.split([1000, 1, 2000]) for each in (old, new, gradient)]
-    one, other = (LostUpdates(4, ("bf16", "fp16"), old.device) for _ in range(2))
-    one.count([3, 0, 1], *map(list, cuts))
-    wide = [[each.double() for each in cut] for cut in cuts]
-    other.count([3, 0, 1], *wide)
-    counts = one.take()
-    assert torch.equal(counts, other.take())
-    assert int(counts[0].sum()) == int((gradient != 0).sum())
-    plain, quick = Counter(2, old.device), Counter(2, old.device)
-    plain._count(old, torch.zeros(3001, dtype=torch.int32))
-    quick.add(0, old)
+    old = torch.randn(9001) * torch.exp2(torch.randint(-12, 9, (9001,)).float())
+    new = old + 1e-3 * torch.randn(9001) * (torch.rand(9001) < 0.7)
+    gradient = torch.randn(9001) * (torch.rand(9001) < 0.9)
+    sizes, rows = [1000, 1, 7000, 1000], [4, 0, 2, 6]
+    olds, news, gradients = (
+        [part.clone() for part in each.to(dtype).split(sizes)]
+        for each in (old, new, gradient)
+    )
+    places = Places(old.device)
+    plain, quick = LostUpdates(8, FORMATS, old.device), MachineCounter(8, FORMATS)
+    quick.renew(places.draws)
+    named = zip("abcd", rows, olds, [r + 1 for r in rows], gradients, strict=True)
+    quick.see_weights(list(named))
+    quick.see_updates(dict(zip("abc", news, strict=False)))
     quick.count()
-    assert torch.equal(plain.take(), quick.take())
+    samples = [[places.sample(e) for e in each] for each in (olds, news, gradients)]
+    plain.count(rows[:3], *(each[:3] for each in samples))
+    counts, lost = map(torch.from_numpy, quick.take())
+    assert torch.equal(plain.take(), lost)
+    assert int(lost[0].sum()) == sum(int((s != 0).sum()) for s in samples[2][:3])
+    assert int(counts[2].sum()) == SAMPLE  # of 7,000
+    assert int(counts[7].sum()) == 1000  # the gradient of the one that is gone
+
+
+def test_tensors_in_any_order_of_memory_are_counted() -> None:
+    """Channels last is read as it stands; a view with holes and fp64 by operators."""
+    run = prepared("32-true")
+    machine = MachineCounter(1, ())
+    images = torch.randn(2, 3, 5, 7)
+    assert machine.fits(images.contiguous(memory_format=torch.channels_last))
+    assert not machine.fits(images[..., ::2])
+    assert not machine.fits(images.double())
+    run.model[0].weight.data = torch.randn(7, 11).mT  # its gradient is contiguous
+    with watch(run) as watching:
+        train(run, 1)
+    weight = watching.windows[0].of("weight")[0]
+    assert weight.histogram.total == 77
+    assert weight.lost is not None
+    assert weight.lost["fp32"] == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -9,7 +9,7 @@ The rooms, from the ground upwards:
     module_runs.py          one run: outputs of modules, gradients that reach them
     operators_on_trial.py   each operator alone, on inputs that it should have had
     three_runs.py           reference, baseline and candidate
-    verdicts.py             what is said: results, modules, operators beside their limits
+    verdicts.py             results, modules and operators, each beside its limit
     validation.py           a model under a policy: `validate`
     plain_function.py       a function against another algorithm: `validate_function`
     resolvent_accuracy.py   the resolvent diagonal against the dense inverse

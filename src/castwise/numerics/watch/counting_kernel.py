@@ -1,85 +1,183 @@
-"""Counting in machine code, on the CPU: one pass over what was sampled (numba).
+"""Counting in machine code, on the CPU: numbers are read where they stand (numba).
 
-Operators of torch need a pass and a temporary for each comparison, ten of them in all.
-This is the same counting in one loop; other devices keep the operators, and both give
-the same counts.
+Operators of torch need a pass and a temporary for each comparison, ten of them in all,
+and a small tensor costs more calls than counting. Here one call samples a tensor of any
+format and counts it, and one call does so for all weights and gradients of a model.
+Other devices keep the operators, and both give the same counts.
 """
 
 from __future__ import annotations
 
-import numba
+from typing import Any
+
 import numpy as np
-from numpy.typing import NDArray
+from numba import njit
+from numba.np.numpy_support import carray
 
 from castwise.numerics.watch.exponents import INFINITE, LOWEST, NAN, ZERO
+from castwise.numerics.watch.samples import NEIGHBOURS, SAMPLE, STRETCHES
+from castwise.optim.addresses import pointer
+
+FP32, BF16, FP16 = 0, 1, 2
+
+(
+    SIZE,
+    PLACE,
+    WEIGHT_ROW,
+    WEIGHT_FORMAT,
+    WEIGHT,
+    GRADIENT_ROW,
+    GRADIENT_FORMAT,
+    GRADIENT,
+    NUM_COLUMNS,
+) = range(9)
+"""Columns of a table of weights. `PLACE` is where the sample begins among all."""
 
 _FIRST = -127 - LOWEST  # the bin of exponent field 0, were it a normal number
 _TOP = 255
+_COMPILE: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}
 
 
-@numba.njit(cache=True, nogil=True)
-def tally(
-    bits: NDArray[np.int32],
-    rows: NDArray[np.int64],
-    sizes: NDArray[np.int64],
-    counts: NDArray[np.int64],
+@njit(**_COMPILE)  # type: ignore[untyped-decorator]
+def _take(source: Any, size: int, draws: Any, out: Any) -> int:
+    """Copy a small tensor, or four neighbours of each stretch of a large one."""
+    if size <= SAMPLE:
+        for i in range(size):
+            out[i] = source[i]
+        return size
+    stretch = size // STRETCHES
+    span = np.float64(stretch - NEIGHBOURS + 1)
+    for k in range(STRETCHES):
+        first = k * stretch + np.int64(draws[k] * span)
+        for j in range(NEIGHBOURS):
+            out[k * NEIGHBOURS + j] = source[first + j]
+    return SAMPLE
+
+
+@njit(**_COMPILE)  # type: ignore[untyped-decorator]
+def _sample(
+    address: int, fmt: int, size: int, draws: Any, halves: Any, out: Any
+) -> int:
+    """Write the bits in fp32 of what is looked at, and return how many there are.
+
+    Args:
+        address: Where a contiguous tensor stands.
+        fmt: What it holds.
+        size: How many.
+        draws: float64 [STRETCHES] in [0, 1), the place in each stretch.
+        halves: int32 [65536], the bits in fp32 of each number of fp16.
+        out: int32 [SAMPLE] or more.
+    """
+    if fmt == FP32:
+        return int(_take(carray(pointer(address), (size,), np.int32), size, draws, out))
+    source = carray(pointer(address), (size,), np.uint16)
+    taken = _take(source, size, draws, out)
+    if fmt == BF16:
+        for i in range(taken):
+            out[i] = out[i] << 16
+    else:
+        for i in range(taken):
+            out[i] = halves[out[i]]
+    return int(taken)
+
+
+@njit(**_COMPILE)  # type: ignore[untyped-decorator]
+def _tally(bits: Any, size: int, count: Any) -> None:
+    """Count numbers of fp32 by their exponent fields."""
+    for i in range(size):
+        magnitude = bits[i] & 0x7FFFFFFF
+        field = magnitude >> 23
+        if 0 < field < _TOP:
+            count[field + _FIRST] += 1
+        elif magnitude == 0:
+            count[ZERO] += 1
+        elif field == 0:
+            count[0] += 1
+        elif magnitude == _TOP << 23:
+            count[INFINITE] += 1
+        else:
+            count[NAN] += 1
+
+
+@njit(**_COMPILE)  # type: ignore[untyped-decorator]
+def count_tensor(
+    address: int,
+    fmt: int,
+    size: int,
+    draws: Any,
+    halves: Any,
+    scratch: Any,
+    counts: Any,
+    row: int,
 ) -> None:
-    """Count numbers of fp32 by their bits; `rows` and `sizes` say whose they are."""
-    place = 0
-    for at in range(len(rows)):
-        count = counts[rows[at]]
-        for i in range(place, place + sizes[at]):
-            magnitude = bits[i] & 0x7FFFFFFF
-            field = magnitude >> 23
-            if magnitude == 0:
-                count[ZERO] += 1
-            elif field == 0:
-                count[0] += 1
-            elif field < _TOP:
-                count[field + _FIRST] += 1
-            elif magnitude == _TOP << 23:
-                count[INFINITE] += 1
-            else:
-                count[NAN] += 1
-        place += sizes[at]
+    """Count one tensor in a row; arguments as in `_sample`."""
+    taken = _sample(address, fmt, size, draws, halves, scratch)
+    _tally(scratch, taken, counts[row])
 
 
-@numba.njit(cache=True, nogil=True)
-def tally_lost(
-    old: NDArray[np.float32],
-    old_bits: NDArray[np.int32],
-    new: NDArray[np.float32],
-    gradient: NDArray[np.float32],
-    rows: NDArray[np.int64],
-    sizes: NDArray[np.int64],
-    formats: NDArray[np.int64],
-    halves: NDArray[np.float32],
-    counts: NDArray[np.int64],
+@njit(**_COMPILE)  # type: ignore[untyped-decorator]
+def count_weights(
+    table: Any, draws: Any, halves: Any, old: Any, gradients: Any, counts: Any
+) -> None:
+    """Count weights and their gradients, and keep the samples of both, as bits."""
+    for at in range(len(table)):
+        weight = table[at]
+        here = old[weight[PLACE] :]
+        taken = _sample(
+            weight[WEIGHT], weight[WEIGHT_FORMAT], weight[SIZE], draws, halves, here
+        )
+        _tally(here, taken, counts[weight[WEIGHT_ROW]])
+        here = gradients[weight[PLACE] :]
+        _sample(
+            weight[GRADIENT],
+            weight[GRADIENT_FORMAT],
+            weight[SIZE],
+            draws,
+            halves,
+            here,
+        )
+        _tally(here, taken, counts[weight[GRADIENT_ROW]])
+
+
+@njit(**_COMPILE)  # type: ignore[untyped-decorator]
+def count_lost(
+    table: Any,
+    draws: Any,
+    halves: Any,
+    scratch: Any,
+    old: Any,
+    gradients: Any,
+    formats: Any,
+    half_ulps: Any,
+    counts: Any,
 ) -> None:
     """Count updates, those that moved nothing, and those that other formats would lose.
 
     Args:
-        old: Weights before.
-        old_bits: The same as bits.
-        new: Weights after.
-        gradient: Their gradients; where it is zero there was no update.
-        rows: Whose numbers follow, one for each run of them.
-        sizes: How many.
+        table: The weights after the update.
+        draws: As they were before it.
+        halves: As in `_sample`.
+        scratch: int32 [SAMPLE].
+        old: Bits of the weights before, as `count_weights` kept them.
+        gradients: Bits of their gradients; where one is zero there was no update.
         formats: Lowest exponent field of each format.
-        halves: [format, exponent field] -> half an ulp.
+        half_ulps: [format, exponent field] -> half an ulp.
         counts: [columns, rows]: updates, lost as it runs, lost in each format.
     """
-    place = 0
-    for at in range(len(rows)):
-        row = rows[at]
-        for i in range(place, place + sizes[at]):
-            if gradient[i] == 0:
+    new = scratch.view(np.float32)
+    before = old.view(np.float32)
+    for at in range(len(table)):
+        weight = table[at]
+        row, place = weight[WEIGHT_ROW], weight[PLACE]
+        taken = _sample(
+            weight[WEIGHT], weight[WEIGHT_FORMAT], weight[SIZE], draws, halves, scratch
+        )
+        for i in range(taken):
+            if gradients[place + i] & 0x7FFFFFFF == 0:
                 continue
-            change = abs(new[i] - old[i])
+            change = abs(new[i] - before[place + i])
             counts[0, row] += 1
             counts[1, row] += change == 0
-            field = (old_bits[i] >> 23) & _TOP
+            field = (old[place + i] >> 23) & _TOP
             for f in range(len(formats)):
-                half = halves[f, max(field, formats[f])]
-                counts[2 + f, row] += change < half
-        place += sizes[at]
+                counts[2 + f, row] += change < half_ulps[f, max(field, formats[f])]

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -115,8 +115,7 @@ class ExponentHistogram:
 
     def shifted(self, exponents: int) -> ExponentHistogram:
         """The histogram of the same numbers times a power of two."""
-        values = asdict(self) | {"lowest": self.lowest + exponents}
-        return ExponentHistogram(**values)
+        return replace(self, lowest=self.lowest + exponents)
 
     def record(self) -> dict[str, Any]:
         """Plain values for JSON; `from_record` reads them."""
@@ -137,19 +136,21 @@ class ExponentHistogram:
     @classmethod
     def from_bins(cls, bins: torch.Tensor) -> list[ExponentHistogram]:
         """Build a histogram from each row of a table of `NUM_BINS` counts."""
-        used = bins[:, :NUM_EXPONENTS].ne(0).byte()
+        rows = bins.numpy()
+        used = rows[:, :NUM_EXPONENTS] != 0
         firsts = used.argmax(1).tolist()
-        lasts = (NUM_EXPONENTS - used.flip(1).argmax(1)).tolist()
+        lasts = (NUM_EXPONENTS - used[:, ::-1].argmax(1)).tolist()
+        others = rows[:, NUM_EXPONENTS:].tolist()
         return [
             cls(
                 lowest=LOWEST + first if has else 0,
-                counts=tuple(row[first:last]) if has else (),
-                zeros=row[ZERO],
-                infinities=row[INFINITE],
-                nans=row[NAN],
+                counts=tuple(row[first:last].tolist()) if has else (),
+                zeros=zeros,
+                infinities=infinities,
+                nans=nans,
             )
-            for row, first, last, has in zip(
-                bins.tolist(), firsts, lasts, used.any(1).tolist(), strict=True
+            for row, first, last, has, (zeros, infinities, nans) in zip(
+                rows, firsts, lasts, used.any(1).tolist(), others, strict=True
             )
         ]
 

@@ -7,8 +7,10 @@ the structure of a matrix (an error of 0.22 of a share was seen). The standard e
 a share is at most 0.011 where neighbours are unrelated, and 0.022 where they are equal.
 
 The draw has a generator of its own: a watched run draws the same random numbers as one
-that nobody watches. Samples are collected while a step runs, and counted together at
-its end: one pass over one vector, whatever the number of tensors.
+that nobody watches. Plain tensors on the CPU are counted by machine code where they
+stand (`machine_counter`). The operators here serve everything else: samples are
+collected while a step runs, and counted together at its end, in one pass over one
+vector, whatever the number of tensors.
 """
 
 from __future__ import annotations
@@ -46,10 +48,19 @@ class Places:
         self._starts = torch.arange(STRETCHES, device=device)
         self._neighbours = torch.arange(NEIGHBOURS, device=device)
         self._drawn: dict[int, torch.Tensor] = {}
+        self.draws = torch.empty(0, dtype=torch.float64, device=device)
+        """The place in each stretch, in [0, 1)."""
+        self.renew()
 
     def renew(self) -> None:
         """Draw anew from here on."""
         self._drawn.clear()
+        self.draws = torch.rand(
+            STRETCHES,
+            dtype=torch.float64,
+            generator=self._generator,
+            device=self._generator.device,
+        )
 
     def sample(self, tensor: torch.Tensor) -> torch.Tensor:
         """Copy what is looked at, as a vector."""
@@ -65,12 +76,7 @@ class Places:
         found = self._drawn.get(size)
         if found is None:
             stretch = size // STRETCHES
-            jitter = torch.randint(
-                stretch - NEIGHBOURS + 1,
-                (STRETCHES,),
-                generator=self._generator,
-                device=self._generator.device,
-            )
+            jitter = (self.draws * (stretch - NEIGHBOURS + 1)).long()
             first = self._starts * stretch + jitter
             found = (first[:, None] + self._neighbours).flatten()
             self._drawn[size] = found
@@ -100,11 +106,6 @@ class Counter:
             values = torch.cat([sample.to(dtype) for _, sample in pairs])
             if is_wide:
                 self._count_bins(values, self._rows.of(pairs))
-            elif values.device.type == "cpu":
-                from castwise.numerics.watch.counting_kernel import tally  # noqa: PLC0415 -- imports numba
-
-                bits = values.view(torch.int32).numpy()
-                tally(bits, *_lengths(pairs), self._counts.numpy())
             else:
                 self._count(values, self._rows.of(pairs))
         self._pending.clear()
@@ -169,9 +170,6 @@ class LostUpdates:
             return
         pairs = list(zip(rows, before, strict=True))
         old, new, gradient = map(_joined, (before, after, gradients))
-        if old.device.type == "cpu" and old.dtype is torch.float32:
-            self._tally(old, new, gradient, pairs)
-            return
         index = self._rows.of(pairs)
         meant = gradient != 0
         change = (new - old).abs()
@@ -186,26 +184,6 @@ class LostUpdates:
         for counts, column in zip(self._counts, columns, strict=True):
             counts.add_(torch.bincount(index[column], minlength=len(counts)))
 
-    def _tally(
-        self,
-        old: torch.Tensor,
-        new: torch.Tensor,
-        gradient: torch.Tensor,
-        pairs: list[tuple[int, torch.Tensor]],
-    ) -> None:
-        """Count in machine code."""
-        from castwise.numerics.watch.counting_kernel import tally_lost  # noqa: PLC0415 -- imports numba
-
-        tally_lost(
-            old.numpy(),
-            old.view(torch.int32).numpy(),
-            new.numpy(),
-            gradient.float().numpy(),
-            *_lengths(pairs),
-            *_half_ulps(self._formats),
-            self._counts.numpy(),
-        )
-
     def take(self) -> torch.Tensor:
         """Return the counts as [columns, rows], and begin again with none."""
         counts = self._counts.clone()
@@ -219,16 +197,8 @@ def _joined(samples: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat([each.to(dtype) for each in samples])
 
 
-def _lengths(
-    pairs: list[tuple[int, torch.Tensor]],
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The rows of joined samples, and the length of each."""
-    rows = np.array([row for row, _ in pairs], dtype=np.int64)
-    return rows, np.array([len(sample) for _, sample in pairs], dtype=np.int64)
-
-
 @functools.cache
-def _half_ulps(formats: tuple[str, ...]) -> tuple[NDArray[Any], NDArray[Any]]:
+def half_ulps(formats: tuple[str, ...]) -> tuple[NDArray[Any], NDArray[Any]]:
     """Lowest exponent field of each format, and half an ulp by exponent field."""
     found = [FORMATS[name] for name in formats]
     fields = np.arange(_FIELDS)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import final
+from typing import TYPE_CHECKING, final
 
 import torch
 from torch import distributed, nn
@@ -17,6 +17,11 @@ from castwise.numerics.operator_call import format_name
 from castwise.numerics.watch.exponents import ExponentHistogram
 from castwise.numerics.watch.samples import Counter, LostUpdates, Places
 from castwise.numerics.watch.windows import TensorKind, TensorWatch
+
+if TYPE_CHECKING:
+    from castwise.numerics.watch.machine_counter import MachineCounter
+
+_Key = tuple[TensorKind, str]
 
 _WHAT_IF_WEIGHTS = ("bf16", "fp16")
 
@@ -33,39 +38,110 @@ class WatchTable:
     def __init__(self, model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
         device = next((w.device for w in weights.values()), torch.device("cpu"))
         self.modules = _with_outputs(model)
-        keys: list[tuple[TensorKind, str]] = []
+        keys: list[_Key] = []
         for name, weight in weights.items():
             if weight.is_floating_point():
                 keys += [("weight", name), ("gradient", name)]
         for fqn, _ in self.modules:
             keys += [("output", fqn), ("output_gradient", fqn)]
         self._rows = {key: row for row, key in enumerate(keys)}
-        self._seen: dict[tuple[TensorKind, str], tuple[str, int]] = {}
-        self.places = Places(device)
-        self.counter = Counter(len(keys), device)
-        self.lost = LostUpdates(len(keys), _WHAT_IF_WEIGHTS, device)
+        self._seen: dict[int, tuple[torch.dtype, int]] = {}
         self._device = device
+        self._places = Places(device)
+        self._counter = Counter(len(keys), device)
+        self._lost = LostUpdates(len(keys), _WHAT_IF_WEIGHTS, device)
+        self._before: list[tuple[str, torch.Tensor, torch.Tensor]] = []
+        self._machine = _machine_counter(len(keys), device)
 
-    def row(self, kind: TensorKind, name: str) -> int:
-        """Where a tensor is counted."""
-        return self._rows[kind, name]
+    def renew(self) -> None:
+        """Look at other places from here on."""
+        self._places.renew()
+        if self._machine is not None:
+            self._machine.renew(self._places.draws)
 
     def see(
         self, kind: TensorKind, name: str, tensor: torch.Tensor
     ) -> torch.Tensor | None:
-        """Remember a sample of a tensor until the step is over, and return it."""
-        key = (kind, name)
+        """Count a tensor; the sample of it, where operators took one."""
+        row = self._rows.get((kind, name))
         local = _local(tensor)
-        if key not in self._rows or local.device != self._device or not local.numel():
+        if row is None or local.device != self._device or not local.numel():
             return None
-        sample = self.places.sample(local)
-        self.counter.add(self._rows[key], sample)
-        self._seen[key] = format_name(tensor.dtype), tensor.numel()
+        self._seen[row] = tensor.dtype, tensor.numel()
+        if self._machine is not None and self._machine.fits(local):
+            self._machine.see(row, local)
+            return None
+        sample = self._places.sample(local)
+        self._counter.add(row, sample)
         return sample
+
+    def see_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Count weights and their gradients, and remember both until the update."""
+        quick: list[tuple[str, int, torch.Tensor, int, torch.Tensor]] = []
+        for name, weight in weights.items():
+            if ("weight", name) not in self._rows:
+                continue
+            gradient = weight.grad
+            if gradient is None:
+                self.see("weight", name, weight)
+                continue
+            pair = _local(weight), _local(gradient)
+            if self._machine is not None and self._machine.fit(*pair):
+                rows = self._rows["weight", name], self._rows["gradient", name]
+                self._seen[rows[0]] = weight.dtype, weight.numel()
+                self._seen[rows[1]] = gradient.dtype, gradient.numel()
+                quick.append((name, rows[0], pair[0], rows[1], pair[1]))
+            else:
+                before = self._taken("weight", name, weight)
+                meant = self._taken("gradient", name, gradient)
+                if before is not None and meant is not None:
+                    self._before.append((name, before, meant))
+        if self._machine is not None:
+            self._machine.see_weights(quick)
+
+    def _taken(
+        self, kind: TensorKind, name: str, tensor: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Count a tensor, and return the sample that was counted or would have been."""
+        sample = self.see(kind, name, tensor)
+        local = _local(tensor)
+        if sample is None and local.device == self._device and local.numel():
+            return self._places.sample(local)
+        return sample
+
+    def see_updates(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Compare weights after the update with what they were before it."""
+        known = [each for each in self._before if each[0] in weights]
+        self._lost.count(
+            [self._rows["weight", name] for name, _, _ in known],
+            [before for _, before, _ in known],
+            [self._places.sample(_local(weights[name])) for name, _, _ in known],
+            [gradient for _, _, gradient in known],
+        )
+        if self._machine is not None:
+            self._machine.see_updates({n: _local(w) for n, w in weights.items()})
+
+    def count(self) -> None:
+        """The step is over: keep what was seen in it."""
+        self._counter.count()
+        self._before.clear()
+        if self._machine is not None:
+            self._machine.count()
+
+    def forget(self) -> None:
+        """Drop what was seen since the last step that was over."""
+        self._counter.forget()
+        self._before.clear()
+        if self._machine is not None:
+            self._machine.forget()
 
     def close(self, scale: float, *, is_held: bool) -> tuple[TensorWatch, ...]:
         """Add up over ranks and make records of what was counted."""
-        counts, lost = self.counter.take(), self.lost.take()
+        counts, lost = self._counter.take(), self._lost.take()
+        if self._machine is not None:
+            counted, updates = self._machine.take()
+            counts += torch.from_numpy(counted)
+            lost += torch.from_numpy(updates)
         if num_ranks() > 1:
             distributed.all_reduce(counts)
             distributed.all_reduce(lost)
@@ -73,12 +149,13 @@ class WatchTable:
         shift = -math.floor(math.log2(scale))
         found = []
         for (kind, name), row in self._rows.items():
-            fmt, size = self._seen.get((kind, name), ("fp32", 0))
+            dtype, size = self._seen.get(row, (torch.float32, 0))
             histogram = histograms[row]
             if not histogram.total:
                 continue
             if kind in {"gradient", "output_gradient"} and scale != 1:
                 histogram = histogram.shifted(shift)
+            fmt = format_name(dtype)
             kept = kind != "weight" or is_held
             found.append(
                 TensorWatch(
@@ -91,6 +168,17 @@ class WatchTable:
                 )
             )
         return tuple(found)
+
+
+def _machine_counter(num_rows: int, device: torch.device) -> MachineCounter | None:
+    """What counts on the CPU; nothing elsewhere."""
+    if device.type != "cpu":
+        return None
+    from castwise.numerics.watch.machine_counter import (  # noqa: PLC0415 -- imports numba
+        MachineCounter,
+    )
+
+    return MachineCounter(num_rows, _WHAT_IF_WEIGHTS)
 
 
 def _with_outputs(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -102,7 +102,6 @@ class Watch:
         self._attach: Callable[[Watch], Callable[[], None]] | None = None
         self._detach: Callable[[], None] | None = None
         self._table: WatchTable | None = None
-        self._before: list[tuple[str, torch.Tensor, torch.Tensor]] = []
 
     def __enter__(self) -> Self:
         if self._attach is not None and self._detach is None:
@@ -138,14 +137,7 @@ class Watch:
         self._scale = scale
         table = self._table
         assert table is not None
-        for name, weight in self._weights().items():
-            if not weight.is_floating_point():
-                continue
-            before = table.see("weight", name, weight)
-            if weight.grad is not None:
-                gradient = table.see("gradient", name, weight.grad)
-                if before is not None and gradient is not None:
-                    self._before.append((name, before, gradient))
+        table.see_weights(self._weights())
 
     def ends(self, *, stepped: bool) -> None:
         """Tell that a step is over, and whether the weights were updated."""
@@ -157,7 +149,7 @@ class Watch:
     def _look(self) -> None:
         if self._table is None:
             self._table = WatchTable(self._model, self._weights())
-        self._table.places.renew()
+        self._table.renew()
         for fqn, module in self._table.modules:
             self._hooks.append(module.register_forward_hook(_OutputHook(self, fqn)))
 
@@ -184,16 +176,8 @@ class Watch:
         table = self._table
         assert table is not None
         if stepped and not self._is_held:
-            weights = self._weights()
-            known = [each for each in self._before if each[0] in weights]
-            table.lost.count(
-                [table.row("weight", name) for name, _, _ in known],
-                [before for _, before, _ in known],
-                [table.places.sample(weights[name]) for name, _, _ in known],
-                [gradient for _, _, gradient in known],
-            )
-        self._before.clear()
-        table.counter.count()
+            table.see_updates(self._weights())
+        table.count()
         place = self.schedule.place(self._step)
         is_last = self._step == self.schedule.last
         if place == self.schedule.samples - 1 or is_last:
@@ -201,9 +185,8 @@ class Watch:
 
     def _forget(self) -> None:
         self._unhook()
-        self._before.clear()
         if self._table is not None:
-            self._table.counter.forget()
+            self._table.forget()
 
     def _close_window(self, table: WatchTable) -> None:
         window = WatchWindow(
