@@ -23,6 +23,7 @@ from castwise.training.rollback import Rollback
 from castwise.training.schedule import WarmupStableDecay
 from castwise.training.sentinel import RolledBack, Sentinel, SentinelSettings
 from castwise.training.trainer import BatchLoss, Task, Trainer, TrainerSettings
+from two_ranks import TwoRanks
 
 
 class Square(nn.Module):
@@ -296,11 +297,87 @@ def test_a_policy_changes_only_between_steps() -> None:
     assert isinstance(plain(run, 0), cw.Stepped)
 
 
-def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fault that one of them sees would leave them in different precisions."""
-    monkeypatch.setattr("castwise.training.sentinel.num_ranks", lambda: 2)
-    with pytest.raises(SettingsError, match="guards one process, and 2 train"):
-        Sentinel(make_run("32-true"))
+def overflow_on_one_rank(rank: int) -> dict[str, Any]:
+    """The fourth batch of rank 1 overflows; rank 0 sees nothing but its gradient."""
+    run = make_run("16-mixed", loss_scale=cw.DynamicScale(initial=2.0**8))
+    together = cw.replicate(run.model, cw.preset("16-mixed"))
+    guard = Sentinel(run, SentinelSettings(probe_every=2, error_limit=0.5))
+    kinds = []
+    for step in range(5):
+        x, y = batch(10 * step + rank, 1000.0 if (step, rank) == (3, 1) else 1.0)
+        outcome = guard.step(lambda x=x, y=y: functional.mse_loss(together(x), y))
+        kinds.append(type(outcome).__name__)
+    return told_of(run, guard, kinds)
+
+
+def weight_lost_on_one_rank(rank: int) -> dict[str, Any]:
+    """The update of rank 0 alone leaves a weight that is infinite."""
+    run = make_run("32-true", nn.Tanh())
+    guard = Sentinel(run, SentinelSettings(probe_every=0))
+    step = run.optimizer.step
+
+    def breaks() -> None:
+        step()
+        if rank == 0:
+            with torch.no_grad():
+                run.model[0].weight[0, 0] = torch.inf
+
+    before = run.model[4].weight.detach().clone()
+    run.optimizer.step = breaks
+    outcome = guarded(guard, run, 0)
+    assert isinstance(outcome, RolledBack)
+    assert torch.equal(run.model[4].weight, before)
+    return told_of(run, guard, [outcome.because])
+
+
+def error_on_one_rank(rank: int) -> dict[str, Any]:
+    """Only the batches of rank 1 lose their digits."""
+    run = make_run("bf16-mixed", Far())
+    together = cw.replicate(run.model, cw.preset("bf16-mixed"))
+    guard = Sentinel(run, SentinelSettings(probe_every=1, error_limit=0.1))
+    x, y = batch(rank, 1.0 if rank else 1e6)
+    outcome = guard.step(lambda: functional.mse_loss(together(x), y))
+    return told_of(run, guard, [type(outcome).__name__])
+
+
+def told_of(run: cw.Run, guard: Sentinel, kinds: list[str]) -> dict[str, Any]:
+    """What must be the same on all ranks."""
+    return {
+        "kinds": kinds,
+        "changes": [str(change) for change in run.changes],
+        "errors": guard.errors,
+        "num_rollbacks": guard.num_rollbacks,
+        "weights": [weight.detach().clone() for weight in run.model.parameters()],
+        "scale": run.loss_scale.state_dict(),
+        "guard": guard.state_dict(),
+    }
+
+
+def test_what_one_rank_sees_is_cured_on_all(two_ranks: TwoRanks) -> None:
+    """Same rollback, same promotion with the same reason, same weights afterwards."""
+    zero, one = two_ranks(overflow_on_one_rank)
+    assert zero["kinds"] == ["Stepped"] * 5
+    assert zero["num_rollbacks"] == 1
+    (change,) = zero["changes"]
+    assert change.startswith("step 3: 1 to c=fp32,o=fp32: mul")
+    assert same(zero, one)
+
+
+def test_a_weight_that_is_lost_on_one_rank_is_taken_back_on_all(
+    two_ranks: TwoRanks,
+) -> None:
+    """Both say why, and hold what they held."""
+    zero, one = two_ranks(weight_lost_on_one_rank)
+    assert "'0.weight' hold inf" in zero["kinds"][0]
+    assert same(zero, one)
+
+
+def test_the_largest_error_of_any_rank_decides(two_ranks: TwoRanks) -> None:
+    """The module is promoted on both, although one alone is off."""
+    zero, one = two_ranks(error_on_one_rank)
+    (change,) = zero["changes"]
+    assert "1 to c=fp32,o=fp32: its output is off by" in change
+    assert same(zero, one)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,9 @@ Now and then the modules that run low are measured: each computes its output onc
 from the same inputs, in the higher precision. One whose error crosses the line is
 promoted; a promoted one whose low output stays calm for some probes comes back.
 
+Where several processes train together, what one of them sees is decided for all: the
+step is taken back everywhere, and the same module is promoted.
+
 The loss must be a function of its batch: it is computed again after a rollback.
 """
 
@@ -22,7 +25,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
@@ -34,7 +37,6 @@ from castwise.errors import (
     StepError,
 )
 from castwise.loss_scale import first_non_finite
-from castwise.numerics.watch.table import num_ranks
 from castwise.policy import Precision
 from castwise.training.open_step import Step
 from castwise.training.outcome import Skipped, Stepped
@@ -42,6 +44,7 @@ from castwise.training.overrides import in_force
 from castwise.training.probe import measure_modules
 from castwise.training.rollback import Rollback
 from castwise.training.step import Run
+from castwise.training.unison import first_proposal, largest
 
 Compute = Callable[[], torch.Tensor]
 
@@ -108,25 +111,27 @@ class RolledBack:
     """What the loss was."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Cure:
+    """A module to promote, and why."""
+
+    module: str
+    because: str
+
+
 @final
 class Sentinel:
     """Guards the steps of a run.
 
+    Processes that train together guard their steps together: each has a sentinel with
+    the same settings, and calls it for every step.
+
     Args:
         run: What `prepare` returned.
         settings: Where the lines are.
-
-    Raises:
-        SettingsError: Several processes train together.
     """
 
     def __init__(self, run: Run, settings: SentinelSettings | None = None) -> None:
-        if num_ranks() > 1:
-            raise SettingsError(
-                f"a sentinel guards one process, and {num_ranks()} train together; a "
-                "fault that one of them sees would leave them in different precisions, "
-                "so step without it"
-            )
         self._run = run
         self._settings = settings or SentinelSettings()
         self._rollback = Rollback(run)
@@ -155,10 +160,12 @@ class Sentinel:
         self._rollback.keep()
         for trial in range(self._settings.tries):
             outcome, failure = self._try(compute)
-            if isinstance(outcome, Stepped):
-                return self._checked(outcome)
+            said = first_proposal(self._proposal(outcome))
+            if isinstance(said, RolledBack):
+                self._take_back()
+                return replace(said, loss=outcome.loss)
             more = trial + 1 < self._settings.tries
-            if not (more and self._cured(outcome)):
+            if said is None or not (more and self._is_cured(said)):
                 if failure is not None:
                     raise failure
                 return outcome
@@ -191,31 +198,29 @@ class Sentinel:
             raise
         return step.outcome, None
 
-    def _checked(self, outcome: Stepped) -> Stepped | RolledBack:
-        """Look at the weights that an update made."""
-        found = first_non_finite(self._run.parameters())
-        if found is None:
-            return outcome
-        self._take_back()
-        shown = found.kind
-        return RolledBack(
-            because=f"the update made {found.parameter!r} hold {shown}",
-            loss=outcome.loss,
-        )
-
-    def _cured(self, outcome: Skipped) -> bool:
-        """Promote what is to blame for a skipped step; whether there was something."""
-        module = outcome.module
-        if not module or outcome.found is None or not outcome.found.is_range:
-            return False
+    def _proposal(self, outcome: Stepped | Skipped) -> _Cure | RolledBack | None:
+        """What this process would do about an outcome."""
+        if isinstance(outcome, Stepped):
+            found = first_non_finite(self._run.parameters())
+            if found is None:
+                return None
+            because = f"the update made {found.parameter!r} hold {found.kind}"
+            return RolledBack(because=because, loss=outcome.loss)
+        if not outcome.module or outcome.found is None or not outcome.found.is_range:
+            return None
         if outcome.gone_at is not None:  # a lower loss scale cures it
-            return False
+            return None
+        return _Cure(module=outcome.module, because=f"{outcome.found}")
+
+    def _is_cured(self, cure: _Cure) -> bool:
+        """Promote what is to blame for a skipped step, if that is left to do."""
+        module = cure.module
         count = self._blamed[module] = self._blamed.get(module, 0) + 1
         if count < self._settings.nonfinite_limit:
             return False
         if module in in_force(self._run.changes):
             return False
-        return self._promote(module, f"{outcome.found}", back=True)
+        return self._promote(module, cure.because, back=True)
 
     def _promote(self, module: str, because: str, *, back: bool = False) -> bool:
         if back:
@@ -236,7 +241,8 @@ class Sentinel:
         run, limit = self._run, self._settings.error_limit
         promoted = in_force(run.changes)
         with self._undisturbed():
-            self.errors = measure_modules(run, compute, frozenset(promoted))
+            own = measure_modules(run, compute, frozenset(promoted))
+        self.errors = largest(own)
         for module, error in self.errors.items():
             if module not in promoted:
                 if error > limit:
