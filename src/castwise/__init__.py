@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from castwise.loss_scale import DynamicScale as DynamicScale
     from castwise.loss_scale import NoScale as NoScale
     from castwise.loss_scale import StaticScale as StaticScale
+    from castwise.memory.estimate import Estimate as Estimate
+    from castwise.memory.estimate import estimate as estimate
     from castwise.memory.monitor import MemoryMonitor as MemoryMonitor
     from castwise.numerics.census import FormatCensus as FormatCensus
     from castwise.numerics.census import observe as observe
@@ -77,6 +79,7 @@ _ROOMS = {
     "Decision": "castwise.decision",
     "Diagnosis": "castwise.numerics.diagnose",
     "DynamicScale": "castwise.loss_scale",
+    "Estimate": "castwise.memory.estimate",
     "FormatCensus": "castwise.numerics.census",
     "Found": "castwise.numerics.search",
     "GradScaler": "castwise.integrations.grad_scaler",
@@ -102,6 +105,7 @@ _ROOMS = {
     "apply_policy": "castwise.islands",
     "contract": "castwise.numerics.contract",
     "diagnose": "castwise.numerics.diagnose",
+    "estimate": "castwise.memory.estimate",
     "hold_weights": "castwise.optim",
     "lint": "castwise.numerics.lint",
     "load_checkpoint": "castwise.checkpoints",

@@ -114,7 +114,7 @@ class SplitStorage(WeightStorage):
     def join(self, weight: torch.Tensor, extras: Extras) -> torch.Tensor:
         """Join the pieces."""
         low = extras["remainder"]
-        if _worth_machine_code(weight, low):
+        if is_worth_machine_code(weight, low):
             from castwise.optim import machine_table  # noqa: PLC0415 -- imports numba
 
             return machine_table.join(weight, low)
@@ -123,7 +123,7 @@ class SplitStorage(WeightStorage):
     def part(self, full: torch.Tensor, weight: torch.Tensor, extras: Extras) -> None:
         """Split the weight again."""
         low = extras["remainder"]
-        if _worth_machine_code(full, weight, low):
+        if is_worth_machine_code(full, weight, low):
             from castwise.optim import machine_table  # noqa: PLC0415 -- imports numba
 
             machine_table.split(full, weight, low)
@@ -256,7 +256,7 @@ STORAGES: Mapping[str, type[WeightStorage]] = MappingProxyType(
 """Every storage by its name."""
 
 
-def _worth_machine_code(*tensors: torch.Tensor) -> bool:
+def is_worth_machine_code(*tensors: torch.Tensor) -> bool:
     """Return whether operators of torch would walk through memory many times."""
     return all(
         each.device.type == "cpu" and each.is_contiguous() and each.numel() >= _LARGE
