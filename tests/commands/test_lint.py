@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from castwise import cli
 from castwise.report import read_report
+from command_line import Run
 
 TARGET = """
 import torch
@@ -48,19 +48,9 @@ def target(tmp_path: Path) -> str:
     return f"{path}:build"
 
 
-def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    """Run a command as a person does; return code, output and error."""
-    with pytest.raises(SystemExit) as left:
-        cli.main(arguments)
-    out, err = capsys.readouterr()
-    return int(left.value.code or 0), out, err
-
-
-def test_a_clean_model_leaves_with_0(
-    target: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_clean_model_leaves_with_0(target: str, run: Run) -> None:
     """The usual policy finds nothing in a usual model."""
-    code, out, _ = run(capsys, "lint", target)
+    code, out, _ = run("lint", target)
     assert code == 0
     assert "lint of bf16-mixed found nothing" in out
 
@@ -69,12 +59,12 @@ def test_findings_leave_with_1_a_record_and_a_report(
     target: str,
     plain: tuple[str, str],
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    run: Run,
 ) -> None:
     """Text, JSON and page say the same."""
     record, page = tmp_path / "found.json", tmp_path / "lint.html"
     flags = (*plain, "--json", str(record), "--report", str(page))
-    code, out, _ = run(capsys, "lint", target, *flags)
+    code, out, _ = run("lint", target, *flags)
     assert code == 1
     assert "lost-update: parameter 1.weight (bf16)" in out
     found = json.loads(record.read_text())["findings"]
@@ -87,7 +77,7 @@ def test_findings_leave_with_1_a_record_and_a_report(
 
 
 def test_a_silence_with_a_reason_turns_the_verdict(
-    target: str, plain: tuple[str, str], capsys: pytest.CaptureFixture[str]
+    target: str, plain: tuple[str, str], run: Run
 ) -> None:
     """What is silenced is still said, with its reason."""
     flags = [
@@ -96,16 +86,35 @@ def test_a_silence_with_a_reason_turns_the_verdict(
         "--silence",
         "lost-update@1.*=norms stay at 1 here",
     ]
-    code, out, _ = run(capsys, "lint", target, *plain, *flags)
+    code, out, _ = run("lint", target, *plain, *flags)
     assert code == 0
     assert "silenced, norms stay at 1 here: lost-update" in out
 
 
+def test_a_silence_in_the_policy_file_turns_the_verdict(
+    target: str, tmp_path: Path, run: Run
+) -> None:
+    """Nothing is repeated on the command line; what covers nothing is told."""
+    path = tmp_path / "silenced.yaml"
+    path.write_text(
+        f"{PLAIN}silences:\n"
+        "  - {check: lost-decay, because: a schedule raises the rate}\n"
+        '  - {check: lost-update, at: "1.*", because: norms stay at 1 here}\n'
+        "  - {check: low-loss, because: it is tiny}\n"
+    )
+    page = tmp_path / "lint.html"
+    code, out, _ = run("lint", target, "--policy", path, "--report", page)
+    assert code == 0
+    assert "silenced, norms stay at 1 here: lost-update" in out
+    assert "the silence low-loss covered nothing: it can go" in out
+    assert "The silence low-loss covered nothing" in page.read_text()
+
+
 @pytest.mark.parametrize("text", ["lost-update", "lost-update=", "nothing=why"])
 def test_a_silence_without_check_or_reason_is_a_mistake(
-    target: str, text: str, capsys: pytest.CaptureFixture[str]
+    target: str, text: str, run: Run
 ) -> None:
     """One sentence and exit code 2."""
-    code, _, err = run(capsys, "lint", target, "--silence", text)
+    code, _, err = run("lint", target, "--silence", text)
     assert code == 2
     assert err.count("\n") == 1

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from castwise import cli
 from castwise.errors import TargetError
 from castwise.numerics.target import load_target
+from command_line import Run
 
 GOOD = """
 import torch
@@ -61,14 +61,6 @@ def path(tmp_path: Path) -> Path:
     return found
 
 
-def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    """Run a command as a person does; return code, output and error."""
-    with pytest.raises(SystemExit) as left:
-        cli.main(arguments)
-    out, err = capsys.readouterr()
-    return int(left.value.code or 0), out, err
-
-
 def test_a_target_gives_model_batches_and_loss(path: Path) -> None:
     """The function is run once and what it returns is kept."""
     target = load_target(f"{path}:build")
@@ -107,13 +99,11 @@ def test_a_file_that_does_not_parse_names_its_line(tmp_path: Path) -> None:
 
 
 def test_a_contract_that_holds_leaves_with_0_and_a_record(
-    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    path: Path, tmp_path: Path, run: Run
 ) -> None:
     """The command prints one line and writes what it saw."""
     record = tmp_path / "contract.json"
-    code, out, _ = run(
-        capsys, "contract", f"{path}:build", "--modules", "--json", str(record)
-    )
+    code, out, _ = run("contract", f"{path}:build", "--modules", "--json", str(record))
     assert code == 0
     assert "contract of bf16-mixed holds" in out
     assert re.search(r"first .*bf16", out)
@@ -121,7 +111,7 @@ def test_a_contract_that_holds_leaves_with_0_and_a_record(
 
 
 def test_a_contract_that_is_broken_leaves_with_1_and_names_the_breach(
-    path: Path, capsys: pytest.CaptureFixture[str]
+    path: Path, run: Run
 ) -> None:
     """A product that the model's own code forces to fp32 under autocast off."""
     text = path.read_text().replace(
@@ -129,34 +119,32 @@ def test_a_contract_that_is_broken_leaves_with_1_and_names_the_breach(
         "torch.autocast('cpu', enabled=False)(self.first)(x).relu()",
     )
     path.write_text(text)
-    code, out, _ = run(capsys, "contract", f"{path}:build")
+    code, out, _ = run("contract", f"{path}:build")
     assert code == 1
     assert "broken" in out
     assert "first" in out
 
 
-def test_two_policies_at_once_are_refused(
-    path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_two_policies_at_once_are_refused(path: Path, run: Run) -> None:
     """One flag decides."""
     arguments = ["--policy", "p.yaml", "--preset", "32-true"]
-    code, _, err = run(capsys, "contract", f"{path}:build", *arguments)
+    code, _, err = run("contract", f"{path}:build", *arguments)
     assert code == 2
     assert "One flag decides the policy" in err
 
 
 def test_init_writes_an_example_that_the_commands_take(
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    run: Run,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The example runs as it is, and is never overwritten."""
     monkeypatch.chdir(tmp_path)
-    code, out, _ = run(capsys, "init")
+    code, out, _ = run("init")
     assert code == 0
     assert "castwise contract my_model.py:build" in out
     assert load_target("my_model.py:build").optimizer is not None
-    assert run(capsys, "contract", "my_model.py:build")[0] == 0
-    code, _, err = run(capsys, "init")
+    assert run("contract", "my_model.py:build")[0] == 0
+    code, _, err = run("init")
     assert code == 2
     assert "exists already" in err

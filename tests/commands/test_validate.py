@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from castwise import cli
 from castwise.report import read_report
+from command_line import Run
 
 GOOD = """
 import torch
@@ -86,21 +86,12 @@ def path(tmp_path: Path) -> Path:
     return found
 
 
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """Run a command as a person does; return code, output and error."""
-    with pytest.raises(SystemExit) as left:
-        cli.main([str(each) for each in arguments])
-    out, err = capsys.readouterr()
-    return int(left.value.code or 0), out, err
-
-
 def test_a_policy_that_holds_leaves_with_0_and_a_report(
-    path: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    path: Path, run: Run, tmp_path: Path
 ) -> None:
     """Table, one line, JSON and page say the same."""
     page, record = tmp_path / "report.html", tmp_path / "record.json"
-    code, out, _ = run(
-        capsys, "validate", f"{path}:good", "--modules", "--seeds", 2,
+    code, out, _ = run("validate", f"{path}:good", "--modules", "--seeds", 2,
         "--report", page, "--json", record,
     )  # fmt: skip
     assert code == 0
@@ -117,58 +108,51 @@ def test_a_policy_that_holds_leaves_with_0_and_a_report(
 
 
 def test_a_broken_budget_leaves_with_1_and_names_who_is_at_fault(
-    path: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    path: Path, run: Run, tmp_path: Path
 ) -> None:
     """The module that cancels, its operator and its line; the page shows it red."""
     page = tmp_path / "report.html"
     policy = path.with_name("low.yaml")
     code, out, _ = run(
-        capsys, "validate", f"{path}:cancels", "--policy", policy, "--report", page
+        "validate", f"{path}:cancels", "--policy", policy, "--report", page
     )
     assert code == 1
     assert "validation of all-low broken" in out
     assert re.search(r"1 in bf16: own: .*sub in forward at .*mine.py:\d+", out)
     assert read_report(page.with_suffix(".json")).verdict.mark == "bad"
-    tight = run(capsys, "validate", f"{path}:good", "--tolerance", "1e-9")
+    tight = run("validate", f"{path}:good", "--tolerance", "1e-9")
     assert tight[0] == 1
-    same = run(capsys, "validate", f"{path}:good", "--preset", "64-true")
+    same = run("validate", f"{path}:good", "--preset", "64-true")
     assert same[0] == 1
     assert "nothing was compared" in same[1]
 
 
-def test_what_does_not_run_in_float64_is_named(
-    path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_does_not_run_in_float64_is_named(path: Path, run: Run) -> None:
     """Operator, line and remedy, in one sentence and without a traceback."""
     for command in ("validate", "diagnose"):
-        code, _, err = run(capsys, command, f"{path}:unrounded")
+        code, _, err = run(command, f"{path}:unrounded")
         assert code == 2
         assert re.search(r"run in fp64, and narrow at .*mine.py:\d+ does not", err)
         assert "Traceback" not in err
 
 
-def test_mistakes_are_one_sentence(
-    path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_mistakes_are_one_sentence(path: Path, run: Run) -> None:
     """A loss without gradient, a bad target, a tolerance below zero."""
-    code, _, err = run(capsys, "validate", f"{path}:without_gradient")
+    code, _, err = run("validate", f"{path}:without_gradient")
     assert (code, "got no gradient" in err) == (2, True)
-    code, _, err = run(capsys, "diagnose", f"{path}:nothing")
+    code, _, err = run("diagnose", f"{path}:nothing")
     assert (code, "has no function 'nothing'" in err) == (2, True)
-    code, _, err = run(capsys, "validate", f"{path}:good", "--tolerance", "-1")
+    code, _, err = run("validate", f"{path}:good", "--tolerance", "-1")
     assert (code, "finite number from 0 on" in err) == (2, True)
-    code, _, err = run(capsys, "validate", f"{path}:good", "--seeds", 0)
+    code, _, err = run("validate", f"{path}:good", "--seeds", 0)
     assert (code, "at least one seed" in err) == (2, True)
 
 
-def test_a_diagnosis_names_cause_and_line(
-    path: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_a_diagnosis_names_cause_and_line(path: Path, run: Run, tmp_path: Path) -> None:
     """Rounding where it cancels, the algorithm where it divides by zero."""
     page, record = tmp_path / "report.html", tmp_path / "record.json"
     policy = path.with_name("low.yaml")
-    code, out, _ = run(
-        capsys, "diagnose", f"{path}:cancels", "--policy", policy,
+    code, out, _ = run("diagnose", f"{path}:cancels", "--policy", policy,
         "--report", page, "--json", record,
     )  # fmt: skip
     assert code == 1
@@ -176,19 +160,17 @@ def test_a_diagnosis_names_cause_and_line(
     assert re.search(r"at: sub in 1 \(forward\) at .*mine.py:\d+", out)
     assert json.loads(record.read_text())["cause"] == "rounding"
     assert read_report(page.with_suffix(".json")).verdict.text == "rounding"
-    code, out, _ = run(capsys, "diagnose", f"{path}:divides")
+    code, out, _ = run("diagnose", f"{path}:divides")
     assert code == 1
     assert "cause: algorithm" in out
     assert "at: div in 1" in out
 
 
-def test_a_sound_model_leaves_with_0(
-    path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_sound_model_leaves_with_0(path: Path, run: Run) -> None:
     """And a limit of the loss makes the algorithm answerable for it."""
-    code, out, _ = run(capsys, "diagnose", f"{path}:good")
+    code, out, _ = run("diagnose", f"{path}:good")
     assert code == 0
     assert "cause: none" in out
-    code, out, _ = run(capsys, "diagnose", f"{path}:good", "--limit", "1e-3")
+    code, out, _ = run("diagnose", f"{path}:good", "--limit", "1e-3")
     assert code == 1
     assert "cause: algorithm" in out

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from castwise import cli
 from castwise.numerics.watch.windows import WatchWindow
 from castwise.report import read_report
+from command_line import Run
 
 TARGET = """
 import torch
@@ -56,21 +56,13 @@ def path(tmp_path: Path) -> Path:
     return found
 
 
-def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    """Run a command as a person does; return code, output and error."""
-    with pytest.raises(SystemExit) as left:
-        cli.main(arguments)
-    out, err = capsys.readouterr()
-    return int(left.value.code or 0), out, err
-
-
 def test_a_healthy_run_leaves_with_0_a_record_and_a_report(
-    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    path: Path, tmp_path: Path, run: Run
 ) -> None:
     """The last step is always looked at, and the JSON answers what the page answers."""
     record, page = tmp_path / "windows.json", tmp_path / "watch.html"
     flags = ("--steps", "8", "--every", "3", "--json", str(record))
-    code, out, _ = run(capsys, "watch", f"{path}:build", *flags, "--report", str(page))
+    code, out, _ = run("watch", f"{path}:build", *flags, "--report", str(page))
     assert code == 0
     assert "after step 8, all numbers are finite" in out
     assert "gradients that underflow in fp16" in out
@@ -85,26 +77,24 @@ def test_a_healthy_run_leaves_with_0_a_record_and_a_report(
 
 
 def test_an_overflow_leaves_with_1_and_the_sentinel_cures_it(
-    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    path: Path, tmp_path: Path, run: Run
 ) -> None:
     """The promotion is told, with its reason, in text, JSON and page."""
     flags = ("--preset", "16-mixed", "--steps", "4", "--every", "2")
-    code, out, _ = run(capsys, "watch", f"{path}:large", *flags)
+    code, out, _ = run("watch", f"{path}:large", *flags)
     assert code == 1
     assert "not finite" in out
     record = tmp_path / "windows.json"
     code, out, _ = run(
-        capsys, "watch", f"{path}:large", *flags, "--sentinel", "--json", str(record)
+        "watch", f"{path}:large", *flags, "--sentinel", "--json", str(record)
     )
     assert code == 0
     assert "changed: step 0: 3 to c=fp32,o=fp32" in out
     assert json.loads(record.read_text())["changes"][0]["module"] == "3"
 
 
-def test_a_target_without_an_optimizer_is_a_mistake(
-    path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_target_without_an_optimizer_is_a_mistake(path: Path, run: Run) -> None:
     """Nothing can be trained without one."""
-    code, _, err = run(capsys, "watch", f"{path}:without")
+    code, _, err = run("watch", f"{path}:without")
     assert code == 2
     assert "return it fourth" in err

@@ -10,9 +10,18 @@ from hypothesis import strategies as st
 
 from castwise.errors import CastwiseError, PolicyError, RuleError, StorageError
 from castwise.formats import FORMATS
-from castwise.policy import PHASES, STAGES, ModuleFacts, Policy, Precision, Rule
+from castwise.policy import (
+    PHASES,
+    STAGES,
+    ModuleFacts,
+    Policy,
+    Precision,
+    Rule,
+    Silence,
+)
 from castwise.policy.document import MAX_BYTES, RULE_KEYS
 from castwise.policy.ops import CATEGORIES
+from castwise.policy.silences import CHECKS, SILENCE_KEYS
 
 VISION = """\
 castwise: 1
@@ -232,6 +241,11 @@ OP_RULES = st.fixed_dictionaries(
 )
 
 
+SILENCES = st.builds(
+    Silence, check=st.sampled_from(list(CHECKS)), at=st.none() | WORDS, because=WORDS
+)
+
+
 @st.composite
 def policies(draw: st.DrawFn) -> Policy:
     """Any policy that can be written; what contradicts itself is drawn again."""
@@ -249,6 +263,7 @@ def policies(draw: st.DrawFn) -> Policy:
         default=draw(PRECISIONS),
         rules=tuple(rules),
         loss_scale=draw(st.none() | scales),
+        silences=tuple(draw(st.lists(SILENCES, max_size=2))),
     )
 
 
@@ -284,6 +299,10 @@ def test_every_field_comes_back_when_it_is_off_its_default() -> None:
         loss_scale="static:8",
         storage="stochastic",
         emulation="refused",
+        silences=(
+            Silence(check="low-loss", because="ten steps"),
+            Silence(check="lost-update", at="*.norm", because="it stays at 1"),
+        ),
         where="f.yaml",
     )
     back = Policy.parse(policy.to_yaml(), where="f.yaml")
@@ -299,6 +318,52 @@ def test_every_field_comes_back_when_it_is_off_its_default() -> None:
         assert any(value == given[field.name] for value in values), field.name
     for field in dataclasses.fields(Precision):
         assert getattr(policy.default, field.name) is not None
+    for field in dataclasses.fields(Silence):
+        if field.name == "where":
+            continue
+        assert field.name in SILENCE_KEYS
+        assert any(getattr(each, field.name) for each in back.silences), field.name
+
+
+@pytest.mark.parametrize(
+    ("silence", "told"),
+    [
+        ("{check: lost-update}", "says no because"),
+        ("{because: it is so}", "says no check"),
+        ("{check: lost-updates, because: why}", "did you mean lost-update"),
+        ("{check: low-loss, because: why, at: {a: b}}", "need a text"),
+        ("{check: low-loss, because: why, place: a}", "unknown key 'place'"),
+        ("low-loss", "a silence needs keys and values"),
+    ],
+)
+def test_a_silence_without_check_or_reason_is_refused_with_its_line(
+    silence: str, told: str
+) -> None:
+    """A finding is never accepted without a word, nor by a word that finds nothing."""
+    text = f"castwise: 1\ndefault: bf16\nsilences:\n  - {silence}\n"
+    with pytest.raises(PolicyError, match=told) as error:
+        Policy.parse(text, where="p.yaml")
+    assert str(error.value).startswith("p.yaml:4: ")
+
+
+def test_silences_are_a_list() -> None:
+    """One silence is a list of one."""
+    with pytest.raises(PolicyError, match=r"p.yaml:3: silences need a list, got 'all'"):
+        Policy.parse("castwise: 1\ndefault: bf16\nsilences: all\n", where="p.yaml")
+
+
+def test_a_silence_built_in_python_is_checked_alike() -> None:
+    """It knows the line that built it, and changes nothing that runs."""
+    policy = Policy().with_silence("low-loss", at="loss", because="tiny")
+    (silence,) = policy.silences
+    assert silence.key == "low-loss@loss"
+    assert silence.where.startswith("test_document.py:")
+    with pytest.raises(RuleError, match="needs a reason"):
+        Policy().with_silence("low-loss", because="")
+    with pytest.raises(RuleError, match="one line of printable text"):
+        Policy().with_silence("low-loss", because="two\nlines")
+    with pytest.raises(RuleError, match="at is empty"):
+        Policy().with_silence("low-loss", at="", because="why")
 
 
 TOKENS = st.sampled_from(

@@ -104,6 +104,8 @@ def _lines(looked: LintReport) -> Iterable[str]:
         yield f"  silenced, {each.reason}: {each.finding.check}: {each.finding.places}"
     for sentence in looked.unchecked:
         yield f"  {sentence}"
+    for key in looked.unused:
+        yield f"  the silence {key} covered nothing: it can go"
 
 
 def report_of(looked: LintReport, target: str) -> Report:
@@ -127,6 +129,10 @@ def report_of(looked: LintReport, target: str) -> Report:
         title="Every check",
     )
     notes = tuple(Note(text=each, mark="warning") for each in looked.unchecked)
+    unused = tuple(
+        Note(text=f"The silence {key} covered nothing: it can go.", mark="warning")
+        for key in looked.unused
+    )
     told = tuple(map(_told, looked.findings)) or (Note(text="Nothing was found."),)
     return Report(
         title=f"Lint of {target}",
@@ -138,7 +144,7 @@ def report_of(looked: LintReport, target: str) -> Report:
         ),
         sections=(
             Section(title="Findings", blocks=(*told, *notes)),
-            Section(title="Silenced", blocks=(_silenced_table(looked),)),
+            Section(title="Silenced", blocks=(_silenced_table(looked), *unused)),
             Section(title="Checks", blocks=(checks,)),
         ),
     )

@@ -13,3 +13,4 @@ from castwise.policy.presets import PRESETS as PRESETS
 from castwise.policy.presets import preset as preset
 from castwise.policy.rules import Policy as Policy
 from castwise.policy.schema import json_schema as json_schema
+from castwise.policy.silences import Silence as Silence

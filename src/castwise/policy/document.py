@@ -9,6 +9,9 @@
       - module: "*.propagator"
         precision: fp32
         because: residual 1e-7 in fp32, 5e-4 in bf16
+    silences:                                    # of a lint; optional
+      - check: lost-update
+        because: the run is ten steps long
 
 The text is composed into nodes, never constructed into objects, so a policy file runs
 no code and every message can name its line. What a policy does not need is refused:
@@ -32,6 +35,7 @@ from castwise.errors import (
 )
 from castwise.policy.keys import EMULATIONS, STORAGES, Rule
 from castwise.policy.precision import AS_IS, SURROUNDINGS, Precision
+from castwise.policy.silences import SILENCE_KEYS, Silence
 from castwise.wording import did_you_mean, shown
 
 if TYPE_CHECKING:
@@ -54,6 +58,7 @@ POLICY_KEYS: Mapping[str, str] = {
     "storage": f"of 16-bit weights: {', '.join(STORAGES)}; decided when absent",
     "emulation": f"of fp8: {', '.join(EMULATIONS)}; {EMULATIONS[0]} when absent",
     "rules": "ordered; the first rule that matches wins",
+    "silences": "findings of a lint that are accepted, each with a reason",
 }
 """The keys of a policy file and what they mean."""
 
@@ -92,6 +97,9 @@ class PolicyDocument:
 
     rules: tuple[Rule, ...] = ()
     """The rules in their order, each knowing its line."""
+
+    silences: tuple[Silence, ...] = ()
+    """The silences in their order, each knowing its line."""
 
 
 def read_file(path: str | Path) -> str:
@@ -145,14 +153,16 @@ def read_document(text: str, where: str) -> PolicyDocument:
         raise PolicyDocumentError(
             f"{place}: the key default is missing; write for example default: fp32"
         )
-    listed = entries["rules"].sequence() if "rules" in entries else ()
+    rules = entries["rules"].sequence("rule") if "rules" in entries else ()
+    silences = entries["silences"].sequence("silence") if "silences" in entries else ()
     return PolicyDocument(
         name=_name(entries.get("name")),
         default=entries["default"].precision(),
         loss_scale=_loss_scale(entries.get("loss_scale")),
         storage=_storage(entries.get("storage")),
         emulation=_emulation(entries.get("emulation")),
-        rules=tuple(_read_rule(item) for item in listed),
+        rules=tuple(map(_read_rule, rules)),
+        silences=tuple(map(_read_silence, silences)),
     )
 
 
@@ -170,6 +180,11 @@ def write_document(document: PolicyDocument) -> str:
         tree["emulation"] = document.emulation
     if document.rules:
         tree["rules"] = [_rule_tree(rule) for rule in document.rules]
+    if document.silences:
+        tree["silences"] = [
+            {key: text for key in SILENCE_KEYS if (text := getattr(silence, key))}
+            for silence in document.silences
+        ]
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=1 << 20)
 
 
@@ -201,6 +216,18 @@ def _read_rule(place: _Place) -> Rule:
     if "precision" in entries:
         texts["precision"] = entries["precision"].precision()
     return Rule(**texts, where=str(place))
+
+
+def _read_silence(place: _Place) -> Silence:
+    entries = place.mapping(SILENCE_KEYS, "a silence")
+    missing = [key for key in ("check", "because") if key not in entries]
+    if missing:
+        raise PolicyDocumentError(
+            f"{place}: the silence says no {' and no '.join(missing)}; a finding is "
+            "accepted by its check, with a reason"
+        )
+    texts = {key: entry.text() for key, entry in entries.items()}
+    return Silence(**texts, where=str(place))
 
 
 def _name(place: _Place | None) -> str | None:
@@ -322,13 +349,14 @@ class _Place:
             entries[key] = _Place(self.file, value_node)
         return entries
 
-    def sequence(self) -> tuple[_Place, ...]:
-        """Return the items of a list."""
+    def sequence(self, item: str) -> tuple[_Place, ...]:
+        """Return the items of a list, of which each is called `item`."""
         if not isinstance(self.node, yaml.SequenceNode):
             raise PolicyDocumentError(
-                f"{self}: rules need a list, got {self._kind()}; begin each rule with -"
+                f"{self}: {item}s need a list, got {self._kind()}; begin each {item} "
+                "with -"
             )
-        return tuple(_Place(self.file, item) for item in self.node.value)
+        return tuple(_Place(self.file, each) for each in self.node.value)
 
     def text(self) -> str:
         """Return a scalar as one line of text, whatever YAML would make of it."""

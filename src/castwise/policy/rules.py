@@ -43,6 +43,7 @@ from castwise.policy.keys import (
 )
 from castwise.policy.ops import DEFAULT_TABLE, Category, OperatorTable
 from castwise.policy.precision import FP32, SURROUNDINGS, Precision
+from castwise.policy.silences import Silence
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -69,6 +70,9 @@ class Policy:
 
     emulation: str = EMULATIONS[0]
     """`allowed` or `refused`: whether fp8 may be emulated where a device lacks it."""
+
+    silences: tuple[Silence, ...] = ()
+    """Findings of a lint that are accepted; they change nothing that runs."""
 
     where: str = field(default="", compare=False)
     """The file it came from; takes no part in equality."""
@@ -113,6 +117,7 @@ class Policy:
                 loss_scale=self.loss_scale,
                 storage=self.storage,
                 emulation=None if self.emulation == EMULATIONS[0] else self.emulation,
+                silences=self.silences,
             )
         )
 
@@ -135,6 +140,19 @@ class Policy:
     def with_emulation(self, emulation: str) -> Policy:
         """Return a policy that allows or refuses to emulate fp8."""
         return replace(self, emulation=emulation)
+
+    def with_silence(
+        self, check: str, *, because: str, at: str | None = None
+    ) -> Policy:
+        """Return a policy that accepts what a check of the lint finds, with a reason.
+
+        Args:
+            check: Id of the check.
+            because: Why it is accepted, one line.
+            at: Glob of the places. Default: everywhere.
+        """
+        silence = Silence(check=check, at=at, because=because, where=_caller())
+        return replace(self, silences=(*self.silences, silence))
 
     def with_rule(
         self,

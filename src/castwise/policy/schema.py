@@ -13,6 +13,7 @@ from castwise.policy.document import POLICY_KEYS, RULE_KEYS, VERSION
 from castwise.policy.keys import EMULATIONS, PHASES, STAGES, STORAGES
 from castwise.policy.ops import Category
 from castwise.policy.precision import AS_IS, SHORT_KEYS
+from castwise.policy.silences import CHECKS, SILENCE_KEYS
 
 
 def json_schema() -> dict[str, Any]:
@@ -36,6 +37,11 @@ def json_schema() -> dict[str, Any]:
                 "storage": {"enum": list(STORAGES)},
                 "emulation": {"enum": list(EMULATIONS)},
                 "rules": {"type": "array", "items": _rule()},
+                "silences": {
+                    "type": "array",
+                    "items": _mapping(SILENCE_KEYS, {"check": {"enum": list(CHECKS)}})
+                    | {"required": ["check", "because"]},
+                },
             },
         ),
         "required": ["castwise", "default"],

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 import castwise as cw
-from castwise.errors import SettingsError
+from castwise.errors import RuleError
 from castwise.numerics.lint import CHECKS, LintReport, lint
 from castwise.policy import Policy, preset
 
@@ -506,10 +506,38 @@ def test_a_silence_needs_a_reason_and_is_listed() -> None:
     assert {each.finding.place for each in part.silenced} == {"1.weight"}
     assert part.findings[0].place == "0.weight"
     assert "2.weight" in part.findings[0].others
-    with pytest.raises(SettingsError, match="needs a reason"):
+    with pytest.raises(RuleError, match="needs a reason"):
         lint(model, pure, silence={"lost-update": " "})
-    with pytest.raises(SettingsError, match="did you mean lost-update"):
+    with pytest.raises(RuleError, match="did you mean lost-update"):
         lint(model, pure, silence={"lost-updates": reason})
+
+
+def test_a_policy_file_silences_with_a_reason() -> None:
+    """As where the lint is called, which has the last word; the idle one is told."""
+    model = norm_model()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-5)
+    policy = Policy.parse(
+        PURE.to_yaml()
+        + """
+silences:
+  - check: lost-update
+    at: "1.*"
+    because: norm weights stay at 1 here
+  - check: low-loss
+    because: the loss is tiny
+"""
+    )
+    report = lint(model, policy, optimizer)
+    (part,) = report.silenced
+    assert (part.finding.place, part.key) == ("1.weight", "lost-update@1.*")
+    assert part.reason == "norm weights stay at 1 here"
+    assert not report.is_clean
+    assert report.unused == ("low-loss",)
+    said = {"lost-update@1.*": "by the caller", "lost-update": "all of it"}
+    again = lint(model, policy, optimizer, silence=said)
+    assert again.is_clean
+    assert {each.reason for each in again.silenced} == set(said.values())
+    assert lint(model, Policy.parse(policy.to_yaml()), optimizer) == report
 
 
 def test_a_report_is_plain_data_and_comes_back() -> None:

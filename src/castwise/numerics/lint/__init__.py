@@ -19,8 +19,8 @@ source are looked at; with them one forward is observed too.
 
 from __future__ import annotations
 
-from castwise.numerics.lint.findings import CHECKS as CHECKS
 from castwise.numerics.lint.findings import Finding as Finding
 from castwise.numerics.lint.findings import LintReport as LintReport
 from castwise.numerics.lint.findings import Silenced as Silenced
 from castwise.numerics.lint.inspection import lint as lint
+from castwise.policy.silences import CHECKS as CHECKS

@@ -1,11 +1,13 @@
 """What a lint says: findings with a figure and a remedy, and those that were silenced.
 
 A finding is silenced by its check, or by its check at one place, always with a reason:
+in the policy under `silences`, or where the lint is called:
 
     {"lost-update": "the master weights are kept elsewhere",
      "rounded-angle@rope.*": "positions end at 64 here"}
 
-Silenced findings are not forgotten; the report lists them with their reasons.
+Silenced findings are not forgotten; the report lists them with their reasons, and those
+silences that covered nothing.
 """
 
 from __future__ import annotations
@@ -16,23 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from castwise.errors import SettingsError
-from castwise.wording import did_you_mean
-
-CHECKS: Mapping[str, str] = {
-    "rounded-angle": "angles or rotary frequencies are rounded to 16 bits",
-    "integer-position": "integers that the format cannot tell apart",
-    "lost-update": "an update is below half an ulp of the weight",
-    "lost-decay": "weight decay is below half an ulp of the weight",
-    "overflowing-constant": "a constant is infinite in fp16",
-    "vanishing-eps": "an eps is zero in the format",
-    "bce-on-probabilities": "binary cross entropy of probabilities that were rounded",
-    "long-reduction": "a sum in 16 bits comes close to its largest number, or stalls",
-    "bare-custom-function": "a custom autograd function multiplies without custom_bwd",
-    "low-loss": "the loss is computed in 16 bits",
-    "smoothed-target": "label smoothing forbids the target loss",
-}
-"""Every check by its id, and what it finds."""
+from castwise.policy.silences import Silence
 
 _SHOWN_PLACES = 3
 
@@ -107,6 +93,9 @@ class LintReport:
     unchecked: tuple[str, ...] = ()
     """What could not be looked at, and what it needs; one sentence each."""
 
+    unused: tuple[str, ...] = ()
+    """Silences that covered nothing: `check` or `check@glob`."""
+
     @property
     def is_clean(self) -> bool:
         """Whether nothing was found that is not silenced."""
@@ -143,27 +132,32 @@ class LintReport:
                 for each in record["silenced"]
             ),
             unchecked=tuple(record["unchecked"]),
+            unused=tuple(record["unused"]),
         )
 
 
-def checked_silences(silence: Mapping[str, str] | None) -> dict[str, str]:
-    """Return the silences if each names a check and gives a reason.
+def silences_of(
+    policy: Iterable[Silence], given: Mapping[str, str] | None
+) -> dict[str, str]:
+    """Return key -> reason of a policy's silences and those that a caller adds.
+
+    What the caller says goes first, and in place of what the policy says of the same.
 
     Raises:
-        SettingsError: One does not.
+        RuleError: A silence names no check or gives no reason.
     """
-    found = dict(silence or {})
-    for key, reason in found.items():
-        check = key.partition("@")[0]
-        if check not in CHECKS:
-            raise SettingsError(
-                f"a silence needs one of the checks {', '.join(CHECKS)}, got {check!r}"
-                f"{did_you_mean(check, CHECKS)}"
-            )
-        if not reason.strip():
-            raise SettingsError(
-                f"the silence {key!r} needs a reason; write why the finding is accepted"
-            )
+    found = {}
+    for key, reason in (given or {}).items():
+        check, at, glob = key.partition("@")
+        silence = Silence(
+            check=check,
+            at=glob if at else None,
+            because=reason.strip(),
+            where=f"silence {key}",
+        )
+        found[silence.key] = silence.because
+    for silence in policy:
+        found.setdefault(silence.key, silence.because)
     return found
 
 

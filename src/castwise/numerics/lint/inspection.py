@@ -14,7 +14,7 @@ from castwise.islands import apply_policy, module_facts
 from castwise.numerics.lint.findings import (
     Finding,
     LintReport,
-    checked_silences,
+    silences_of,
     sorted_out,
 )
 from castwise.numerics.lint.functions import (
@@ -78,16 +78,17 @@ def lint(
         optimizer: What would update the weights.
         batches: Tuples of the model's inputs and the target; the first is observed.
         loss_fn: From the model's output and the target to a scalar.
-        silence: Check, or check@glob of places -> the reason why it is accepted.
+        silence: Check, or check@glob of places -> the reason why it is accepted; beside
+            the silences of the policy.
         target_loss: The loss that the run hopes to reach.
         phase: The phase to look at.
 
     Raises:
         PolicyError: The policy cannot be put on this model.
-        SettingsError: A silence names no check or gives no reason.
+        RuleError: A silence names no check or gives no reason.
         TargetError: A batch is no tuple, or the loss no scalar with a gradient.
     """
-    silences = checked_silences(silence)
+    silences = silences_of(policy.silences, silence)
     if target_loss is not None and loss_fn is None:
         raise SettingsError("target_loss needs a loss_fn to compare it with; give one")
     checked = None if batches is None else checked_batches(batches, what="a lint")
@@ -118,6 +119,7 @@ def lint(
         findings=open_findings,
         silenced=silenced,
         unchecked=tuple(_unchecked(optimizer, seen)),
+        unused=tuple(key for key in silences if key not in {s.key for s in silenced}),
     )
 
 
