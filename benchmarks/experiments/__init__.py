@@ -1,0 +1,1 @@
+"""The ten experiments of `make accept`, one room each; `registry` lists them."""
