@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -183,6 +184,29 @@ def test_a_poisoned_gradient_lands_nowhere_and_is_named(
             assert torch.equal(torch.as_tensor(value), now)
     told = held.fp32_weights(torch.nn.ParameterList(parameters))
     assert all(torch.equal(told[name], weights[name]) for name in weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 1023, 65_538, 200_003])
+def test_an_infinity_is_seen_wherever_it_lies(dtype: torch.dtype, size: int) -> None:
+    """The largest finite numbers of both signs pass; one infinity or NaN does not."""
+    parameter = torch.nn.Parameter(torch.ones(size))
+    optimizer = AdamW([parameter])
+    largest = torch.finfo(dtype).max
+    signs = 1 - 2 * (torch.arange(size) % 2)
+    parameter.grad_dtype = dtype
+    parameter.grad = (largest * signs.double()).to(dtype)
+    optimizer.step()
+    assert optimizer.outcome.stepped
+    assert optimizer.outcome.norm is None
+    for place in {0, size // 2, size - 1}:
+        for poison in (math.inf, -math.inf, math.nan, -math.nan):
+            bad = parameter.grad.clone()
+            bad[place] = poison
+            kept, parameter.grad = parameter.grad, bad
+            optimizer.step()
+            assert not optimizer.outcome.stepped
+            parameter.grad = kept
 
 
 @pytest.mark.parametrize("backend", ["machine", "twin"])

@@ -1,4 +1,4 @@
-"""An address as memory that machine code may read and write (numba).
+"""Addresses as memory, and numbers as their bits, inside of compiled code (numba).
 
 Tensors of any number and format go into one call as a table of integers. What stands
 behind an address is nobody's business but the caller's: it must live, be contiguous,
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -27,3 +28,39 @@ def _to_pointer(typing_context: Any, address: Any) -> Any:
 
 pointer: Any = intrinsic(_to_pointer)
 """int64 -> void *, inside of compiled code; `numba.carray` makes an array of it."""
+
+
+def _to_wide(typing_context: Any, number: Any) -> Any:
+    """Return a number in fp32 that may come as bits."""
+    del typing_context
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        del context
+        (value,) = values
+        if signature.args[0] == types.int16:
+            bits = ir.IntType(32)
+            value = builder.shl(builder.zext(value, bits), bits(16))
+        if signature.args[0] == types.float32:
+            return value
+        return builder.bitcast(value, ir.FloatType())
+
+    return types.float32(number), generate
+
+
+wide: Any = intrinsic(_to_wide)
+"""fp32, its bits as int32, or the bits of a bf16 as int16 -> fp32."""
+
+
+def _to_bits(typing_context: Any, number: Any) -> Any:
+    """Return the bits of a number in fp32."""
+    del typing_context, number
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        del context, signature
+        return builder.bitcast(values[0], ir.IntType(32))
+
+    return types.int32(types.float32), generate
+
+
+bits_of: Any = intrinsic(_to_bits)
+"""fp32 -> int32."""

@@ -1,6 +1,6 @@
 """The sweep in machine code: one pass over memory, compiled by numba on first use.
 
-A sweep walks over chunks of parameters, span by span. Some 512 numbers live in
+A sweep walks over chunks of parameters, span by span. Some 1,024 numbers live in
 the first-level cache while everything happens to them, so that main memory is read once
 and written once:
 
@@ -11,10 +11,13 @@ and written once:
     states, weight                -> back to where they came from
 
 Each stage is a loop over few arrays: with many, LLVM no longer checks at run time that
-they do not overlap, and does not vectorise. No fast-math is allowed, hence no
-fused multiply-add: every operation rounds as the operators of torch do, and the sweep
-equals the twin bit by bit. Where an operation is written differently than mathematics
-would, this is why.
+they do not overlap, and does not vectorise. The loop with the roots and quotients reads
+most of the memory, which arrives while they are worked out. Checks and sums go over the
+chunks from last to first: what they read last is in the cache when a sweep begins.
+
+No fast-math is allowed, hence no fused multiply-add: every operation rounds as the
+operators of torch do, and the sweep equals the twin bit by bit. Where an operation is
+written differently than mathematics would, this is why.
 
 What is swept is a table of addresses (one row a chunk, columns below): one call for all
 parameters of a model, however small they are.
@@ -29,10 +32,21 @@ import numpy as np
 from numba import njit
 from numba.np.numpy_support import carray
 
-from castwise.optim.addresses import pointer
+from castwise.optim.addresses import bits_of, pointer, wide
 
 BLOCK = 256  # numbers that share the scale of an 8-bit state
-SPAN = 512  # numbers that are worked on at a time: five of 2 KiB in the cache
+SPAN = 1024  # numbers that are worked on at a time: their scratch stays in the cache
+
+# Of FP32, BF16 and FP16, repeated through a word: exponent, its unit, sign.
+_EXPONENTS = np.array(
+    [0x7F8000007F800000, 0x7F807F807F807F80, 0x7C007C007C007C00], np.int64
+)
+_UNITS = np.array(
+    [0x0080000000800000, 0x0080008000800080, 0x0400040004000400], np.int64
+)
+_SIGNS = np.array(
+    [0x8000000080000000, 0x8000800080008000, 0x8000800080008000], np.uint64
+).view(np.int64)
 
 ADAMW, SGD, LION = 0, 1, 2
 FP32, BF16, FP16, SPLIT = 0, 1, 2, 3  # formats of a gradient or weight
@@ -60,21 +74,10 @@ _COMPILE: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"
 
 
 @njit(**_COMPILE)  # type: ignore[untyped-decorator]
-def _load_gradient(fmt: int, address: int, n: int, bits: Any, factor: Any) -> None:
-    """Write the gradient in fp32 times a factor into the view of `bits`."""
-    out = bits.view(np.float32)
-    if fmt == FP32:
-        wide = carray(pointer(address), (n,), np.float32)
-        for i in range(n):
-            out[i] = wide[i] * factor
-        return
+def _load_fp16(address: int, n: int, bits: Any) -> None:
+    """Write fp16 numbers in fp32 into the view of `bits`."""
     narrow = carray(pointer(address), (n,), np.int16)
-    if fmt == BF16:
-        for i in range(n):
-            bits[i] = np.int32(narrow[i]) << np.int32(16)
-        for i in range(n):
-            out[i] = out[i] * factor
-        return
+    out = bits.view(np.float32)
     # The bits of fp16 under fp32: the exponents are biased by 15 and 127, so the number
     # is 2^112 too small; the product is exact, for subnormals too. An exponent of all
     # ones means infinity or NaN and is filled up to all ones.
@@ -86,7 +89,7 @@ def _load_gradient(fmt: int, address: int, n: int, bits: Any, factor: Any) -> No
         bits[i] = (half & np.int32(-0x80000000)) | (rest + special)
     for i in range(n):
         small = np.abs(out[i]) < np.float32(1)  # NaN is not
-        out[i] = (out[i] * up if small else out[i]) * factor
+        out[i] = out[i] * up if small else out[i]
 
 
 @njit(**_COMPILE)  # type: ignore[untyped-decorator]
@@ -161,8 +164,10 @@ def _store_state(
     """Code the blocks of a state from element `start` on.
 
     `bits` are its fp32 bits; `root` is its square root, which only a quartic code reads
-    and AdamW has computed already.
+    and AdamW has computed already. A state in fp32 stands where it belongs.
     """
+    if fmt in (FP32, ABSENT):
+        return
     first = start // BLOCK
     table = carray(pointer(scales + 4 * first), (SPAN // BLOCK,), np.float32)
     table_bits = carray(pointer(scales + 4 * first), (SPAN // BLOCK,), np.int32)
@@ -201,90 +206,161 @@ def _split(weight: int, remainder: int, n: int, bits: Any) -> None:
 
 
 @njit(**_COMPILE)  # type: ignore[untyped-decorator]
-def _adamw(n: int, w: Any, g: Any, m: Any, v: Any, root: Any, numbers: Any) -> None:
-    """`adamw.adamw_` on one span; leaves the square root of `v` behind."""
-    decay, rise_m, keep_v, rise_v = numbers[1], numbers[2], numbers[3], numbers[4]
+def _adamw(n: int, gradient: Any, m: Any, v: Any, fall: Any, numbers: Any) -> None:
+    """The moments of `adamw.adamw_` on one span, and by how much the weight falls.
+
+    One loop: the memory is read while roots and quotients, the slowest of all
+    instructions here, are worked out.
+    """
+    factor = numbers[0]
+    rise_m, keep_v, rise_v = numbers[2], numbers[3], numbers[4]
     step, unbias, eps = numbers[5], numbers[6], numbers[7]
     for i in range(n):
-        value = v[i] * keep_v + (g[i] * g[i]) * rise_v
-        v[i] = value
-        root[i] = np.sqrt(value)
-    for i in range(n):
-        value = m[i] + (g[i] - m[i]) * rise_m
-        m[i] = value
-        g[i] = (value * step) / (root[i] * unbias + eps)
-    for i in range(n):
-        w[i] = w[i] * decay - g[i]
+        g = wide(gradient[i]) * factor
+        variance = v[i] * keep_v + (g * g) * rise_v
+        moment = m[i] + (g - m[i]) * rise_m
+        v[i] = variance
+        m[i] = moment
+        fall[i] = (moment * step) / (np.sqrt(variance) * unbias + eps)
 
 
 @njit(**_COMPILE)  # type: ignore[untyped-decorator]
-def _sgd(n: int, w: Any, g: Any, m: Any, numbers: Any) -> None:
-    """`sgd.sgd_` on one span."""
-    decay, keep, rise, lr = numbers[1], numbers[2], numbers[3], numbers[4]
-    look, reach = numbers[5], numbers[6]
+def _adamw_rooted(
+    n: int, gradient: Any, m: Any, v: Any, fall: Any, root: Any, numbers: Any
+) -> None:
+    """`_adamw` that leaves the square root of `v` behind, for its code."""
+    factor = numbers[0]
+    rise_m, keep_v, rise_v = numbers[2], numbers[3], numbers[4]
+    step, unbias, eps = numbers[5], numbers[6], numbers[7]
     for i in range(n):
-        g[i] = g[i] + w[i] * decay
+        g = wide(gradient[i]) * factor
+        variance = v[i] * keep_v + (g * g) * rise_v
+        v[i] = variance
+        root[i] = np.sqrt(variance)
     for i in range(n):
-        m[i] = m[i] * keep + g[i] * rise
-    for i in range(n):
-        g[i] = g[i] * look + m[i] * reach
-    for i in range(n):
-        w[i] = w[i] - g[i] * lr
+        moment = m[i] + (wide(gradient[i]) * factor - m[i]) * rise_m
+        m[i] = moment
+        fall[i] = (moment * step) / (root[i] * unbias + eps)
 
 
 @njit(**_COMPILE)  # type: ignore[untyped-decorator]
-def _lion(n: int, w: Any, g: Any, m: Any, u: Any, numbers: Any) -> None:
-    """`lion.lion_` on one span."""
-    decay, keep, rise = numbers[1], numbers[2], numbers[3]
+def _lion(n: int, gradient: Any, m: Any, fall: Any, numbers: Any) -> None:
+    """The moment of `lion.lion_` on one span, and by how much the weight falls."""
+    factor, keep, rise = numbers[0], numbers[2], numbers[3]
     keep_m, rise_m, lr = numbers[4], numbers[5], numbers[6]
     for i in range(n):
-        blend = m[i] * keep + g[i] * rise
-        u[i] = lr if blend > 0 else (-lr if blend < 0 else np.float32(0))
-    for i in range(n):
-        m[i] = m[i] * keep_m + g[i] * rise_m
-    for i in range(n):
-        w[i] = w[i] * decay - u[i]
+        g = wide(gradient[i]) * factor
+        blend = m[i] * keep + g * rise
+        fall[i] = lr if blend > 0 else (-lr if blend < 0 else np.float32(0))
+        m[i] = m[i] * keep_m + g * rise_m
 
 
 @njit(**_COMPILE)  # type: ignore[untyped-decorator]
-def _span(  # noqa: C901 -- one branch for each format of each stage
-    rule: int, row: Any, start: int, n: int, room: Any, numbers: Any
-) -> None:
-    """Take `n` numbers of a chunk through all stages; `room` is scratch in cache."""
-    floats = room.view(np.float32)
-    gradient, weight, first, second = floats[0], floats[1], floats[2], floats[3]
-    scratch = floats[4]
-    width = 4 if row[GRADIENT_FORMAT] == FP32 else 2
-    address = row[GRADIENT] + start * width
-    _load_gradient(row[GRADIENT_FORMAT], address, n, room[0], numbers[0])
-    code1, at1, scales1 = row[FIRST_FORMAT], row[FIRST], row[FIRST_SCALES]
-    code2, at2, scales2 = row[SECOND_FORMAT], row[SECOND], row[SECOND_SCALES]
-    if code1 == FP32:
-        first = carray(pointer(at1 + start * 4), (SPAN,), np.float32)
-    elif code1 != ABSENT:
-        _load_state(code1, at1, scales1, start, n, first)
-    if code2 == FP32:
-        second = carray(pointer(at2 + start * 4), (SPAN,), np.float32)
-    elif code2 != ABSENT:
-        _load_state(code2, at2, scales2, start, n, second)
+def _sgd(n: int, gradient: Any, w: Any, m: Any, fall: Any, numbers: Any) -> None:
+    """The moment of `sgd.sgd_` on one span, and by how much the weight falls."""
+    factor, decay, keep, rise = numbers[0], numbers[1], numbers[2], numbers[3]
+    lr, look, reach = numbers[4], numbers[5], numbers[6]
+    for i in range(n):
+        g = wide(gradient[i]) * factor + w[i] * decay
+        moment = m[i] * keep + g * rise
+        m[i] = moment
+        fall[i] = (g * look + moment * reach) * lr
+
+
+@njit(**_COMPILE)  # type: ignore[untyped-decorator]
+def _lower_full(n: int, w: Any, fall: Any, decay: Any) -> None:
+    """Lower a weight in fp32."""
+    for i in range(n):
+        w[i] = w[i] * decay - fall[i]
+
+
+@njit(**_COMPILE)  # type: ignore[untyped-decorator]
+def _lower_split(n: int, high: Any, low: Any, fall: Any, decay: Any) -> None:
+    """Lower a weight in two pieces; `pieces` draws them."""
+    for i in range(n):
+        joined = np.int32((np.int32(high[i]) << np.int32(16)) + np.int32(low[i]))
+        bits = bits_of(wide(joined) * decay - fall[i])
+        high[i] = np.int16((bits + np.int32(0x8000)) >> np.int32(16))
+        low[i] = np.int16(bits)  # the lower half is the remainder: h << 16 has none
+
+
+@njit(**_COMPILE)  # type: ignore[untyped-decorator]
+def _lower(row: Any, start: int, n: int, fall: Any, decay: Any) -> None:
+    """Let a weight shrink and fall, in the format that it has."""
     if row[WEIGHT_FORMAT] == FP32:
-        weight = carray(pointer(row[WEIGHT] + start * 4), (SPAN,), np.float32)
+        full = carray(pointer(row[WEIGHT] + start * 4), (SPAN,), np.float32)
+        _lower_full(n, full, fall, decay)
     else:
-        _join(row[WEIGHT] + start * 2, row[REMAINDER] + start * 2, n, room[1])
+        high = carray(pointer(row[WEIGHT] + start * 2), (SPAN,), np.int16)
+        low = carray(pointer(row[REMAINDER] + start * 2), (SPAN,), np.int16)
+        _lower_split(n, high, low, fall, decay)
 
-    if rule == ADAMW:
-        _adamw(n, weight, gradient, first, second, scratch, numbers)
-    elif rule == SGD:
-        _sgd(n, weight, gradient, first, numbers)
+
+@njit(**_COMPILE)  # type: ignore[untyped-decorator]
+def _weight(row: Any, start: int, n: int, bits: Any) -> Any:
+    """Return a weight in fp32: where it lies, or joined in `bits`."""
+    if row[WEIGHT_FORMAT] == FP32:
+        return carray(pointer(row[WEIGHT] + start * 4), (SPAN,), np.float32)
+    _join(row[WEIGHT] + start * 2, row[REMAINDER] + start * 2, n, bits)
+    return bits.view(np.float32)
+
+
+@njit(**_COMPILE)  # type: ignore[untyped-decorator]
+def _state(fmt: int, address: int, scales: int, start: int, n: int, out: Any) -> Any:
+    """Return a state in fp32: where it lies, or decoded in `out`."""
+    if fmt == FP32:
+        return carray(pointer(address + start * 4), (SPAN,), np.float32)
+    if fmt != ABSENT:
+        _load_state(fmt, address, scales, start, n, out)
+    return out
+
+
+@njit(**_COMPILE)  # type: ignore[untyped-decorator]
+def _span(rule: int, row: Any, start: int, n: int, room: Any, numbers: Any) -> None:
+    """Take `n` numbers of a chunk through all stages; `room` is scratch in cache."""
+    fmt = row[GRADIENT_FORMAT]
+    if fmt == FP32:
+        full = carray(pointer(row[GRADIENT] + start * 4), (SPAN,), np.float32)
+        _update(rule, row, start, n, full, room, numbers)
+    elif fmt == BF16:
+        half = carray(pointer(row[GRADIENT] + start * 2), (SPAN,), np.int16)
+        _update(rule, row, start, n, half, room, numbers)
     else:
-        _lion(n, weight, gradient, first, scratch, numbers)
+        _load_fp16(row[GRADIENT] + start * 2, n, room[0])
+        _update(rule, row, start, n, room[0].view(np.float32), room, numbers)
 
-    if code1 not in (FP32, ABSENT):
-        _store_state(code1, at1, scales1, start, n, room[2], scratch)
-    if code2 not in (FP32, ABSENT):
-        _store_state(code2, at2, scales2, start, n, room[3], scratch)
-    if row[WEIGHT_FORMAT] != FP32:
-        _split(row[WEIGHT] + start * 2, row[REMAINDER] + start * 2, n, room[1])
+
+@njit(**_COMPILE)  # type: ignore[untyped-decorator]
+def _update(
+    rule: int, row: Any, start: int, n: int, gradient: Any, room: Any, numbers: Any
+) -> None:
+    """Take `n` numbers with their gradient, fp32 or the bits of bf16, further."""
+    floats = room.view(np.float32)
+    fall, root = floats[4], floats[5]
+    first = _state(
+        row[FIRST_FORMAT], row[FIRST], row[FIRST_SCALES], start, n, floats[2]
+    )
+    second = _state(
+        row[SECOND_FORMAT], row[SECOND], row[SECOND_SCALES], start, n, floats[3]
+    )
+    if rule == SGD:
+        weight = _weight(row, start, n, room[1])
+        _sgd(n, gradient, weight, first, fall, numbers)
+    elif rule == LION:
+        _lion(n, gradient, first, fall, numbers)
+    elif row[SECOND_FORMAT] == FP32:
+        _adamw(n, gradient, first, second, fall, numbers)
+    else:
+        _adamw_rooted(n, gradient, first, second, fall, root, numbers)
+    # That of SGD has gone into the gradient.
+    decay = np.float32(1) if rule == SGD else numbers[1]
+    _lower(row, start, n, fall, decay)
+    _store_state(
+        row[FIRST_FORMAT], row[FIRST], row[FIRST_SCALES], start, n, room[2], root
+    )
+    _store_state(
+        row[SECOND_FORMAT], row[SECOND], row[SECOND_SCALES], start, n, room[3], root
+    )
 
 
 @njit(**_COMPILE)  # type: ignore[untyped-decorator]
@@ -298,7 +374,7 @@ def sweep(rule: int, table: Any, numbers: Any) -> None:
     """
     # Parameters begin at the start of a page; scratch that lay a power of two apart
     # would fall on the same cache lines as they do.
-    room = np.zeros((5, SPAN + 80), np.int32)
+    room = np.zeros((6, SPAN + 80), np.int32)
     for c in range(table.shape[0]):
         row = table[c]
         for start in range(0, row[COUNT], SPAN):
@@ -307,18 +383,29 @@ def sweep(rule: int, table: Any, numbers: Any) -> None:
 
 
 @njit(**_COMPILE)  # type: ignore[untyped-decorator]
+def _add_squares(n: int, gradient: Any, factor: Any, lanes: Any) -> None:
+    """Add the squares of one span to the lanes, in their precision."""
+    for i in range(n):
+        value = lanes.dtype.type(wide(gradient[i]) * factor)
+        lanes[i] += value * value
+
+
+@njit(**_COMPILE)  # type: ignore[untyped-decorator]
 def _square_sum(row: Any, factor: Any, bits: Any, lanes: Any) -> float:
     """Sum the squares of a chunk of scaled gradients, in the precision of `lanes`."""
-    values = bits.view(np.float32)
-    width = 4 if row[GRADIENT_FORMAT] == FP32 else 2
+    fmt = row[GRADIENT_FORMAT]
     lanes[:] = 0
     for start in range(0, row[COUNT], SPAN):
         n = min(SPAN, row[COUNT] - start)
-        address = row[GRADIENT] + start * width
-        _load_gradient(row[GRADIENT_FORMAT], address, n, bits, factor)
-        for i in range(n):
-            value = lanes.dtype.type(values[i])
-            lanes[i] += value * value
+        if fmt == FP32:
+            full = carray(pointer(row[GRADIENT] + start * 4), (SPAN,), np.float32)
+            _add_squares(n, full, factor, lanes)
+        elif fmt == BF16:
+            half = carray(pointer(row[GRADIENT] + start * 2), (SPAN,), np.int16)
+            _add_squares(n, half, factor, lanes)
+        else:
+            _load_fp16(row[GRADIENT] + start * 2, n, bits)
+            _add_squares(n, bits.view(np.float32), factor, lanes)
     total = 0.0
     for i in range(SPAN):
         total += lanes[i]
@@ -339,11 +426,46 @@ def square_sums(table: Any, factor: Any, out: Any) -> None:
     """
     bits = np.zeros(SPAN, np.int32)
     lanes = np.zeros(SPAN, np.float32)
-    for c in range(table.shape[0]):
+    for c in range(table.shape[0] - 1, -1, -1):
         out[c] = _square_sum(table[c], factor, bits, lanes)
         if not np.isfinite(out[c]):
-            wide = np.zeros(SPAN, np.float64)
-            out[c] = _square_sum(table[c], factor, bits, wide)
+            double = np.zeros(SPAN, np.float64)
+            out[c] = _square_sum(table[c], factor, bits, double)
+
+
+@njit(**_COMPILE)  # type: ignore[untyped-decorator]
+def _any_special(words: Any, fmt: int) -> bool:
+    """Return whether an exponent of all ones stands in words that hold numbers.
+
+    With one unit added to each exponent, those of all ones, and no others, carry into
+    the sign, where nothing else is left.
+    """
+    exponents, unit = words.dtype.type(_EXPONENTS[fmt]), words.dtype.type(_UNITS[fmt])
+    carried = words.dtype.type(0)
+    for i in range(len(words)):
+        carried |= (words[i] & exponents) + unit
+    return bool((carried & words.dtype.type(_SIGNS[fmt])) != 0)
+
+
+@njit(**_COMPILE)  # type: ignore[untyped-decorator]
+def nonfinite(table: Any, out: Any) -> None:
+    """Say of each chunk whether its gradients hold an infinity or NaN.
+
+    Args:
+        table: As in `sweep`.
+        out: bool [chunks], written.
+    """
+    for c in range(table.shape[0] - 1, -1, -1):
+        row = table[c]
+        fmt, address, count = row[GRADIENT_FORMAT], row[GRADIENT], row[COUNT]
+        length = count * (4 if fmt == FP32 else 2)
+        words = carray(pointer(address), (length // 8,), np.int64)
+        rest = address + length // 8 * 8
+        if fmt == FP32:
+            last = _any_special(carray(pointer(rest), (count % 2,), np.int32), fmt)
+        else:
+            last = _any_special(carray(pointer(rest), (count % 4,), np.int16), fmt)
+        out[c] = last or _any_special(words, fmt)
 
 
 @njit(**_COMPILE)  # type: ignore[untyped-decorator]

@@ -68,6 +68,18 @@ def square_sums(swept: list[Swept], factor: float) -> list[float]:
     return [float(total) for total in totals]
 
 
+def nonfinite(swept: list[Swept]) -> list[bool]:
+    """Return of each gradient whether it holds an infinity or NaN."""
+    table, owners = _table(swept, {(): 0})
+    found = np.zeros(len(table), np.bool_)
+    _in_threads(
+        lambda start, stop: machine.nonfinite(table[start:stop], found[start:stop]),
+        table,
+    )
+    counts = np.bincount(owners, found, minlength=len(swept))
+    return [bool(count) for count in counts]
+
+
 def join(high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
     """Do what `pieces.join_16` does, for contiguous tensors on the CPU."""
     full = torch.empty_like(high, dtype=torch.float32)

@@ -254,18 +254,33 @@ class SweepOptimizer(Optimizer):
             return 0.0, SweepOutcome(stepped=False, nonfinite=("some parameter",))
         if self.parameter_wise:
             return inverse_scale, SweepOutcome(stepped=True)
-        squares = self._square_sums(swept, inverse_scale)
-        bad = tuple(
-            each.name
-            for each, square in zip(swept, squares, strict=True)
-            if not math.isfinite(square)
-        )
-        norm = math.sqrt(math.fsum(squares)) if not bad else math.nan
-        if bad:
-            return 0.0, SweepOutcome(stepped=False, norm=norm, nonfinite=bad)
         limit = self.settings.max_norm
+        if limit is None and inverse_scale <= 1:  # unscaling overflows nothing
+            bad = _names(swept, [count > 0 for count in self._nonfinite(swept)])
+            return inverse_scale, SweepOutcome(stepped=not bad, nonfinite=bad)
+        squares = self._square_sums(swept, inverse_scale)
+        bad = _names(swept, [not math.isfinite(square) for square in squares])
+        if bad:
+            return 0.0, SweepOutcome(stepped=False, norm=math.nan, nonfinite=bad)
+        norm = math.sqrt(math.fsum(squares))
         clip = 1.0 if limit is None or norm <= limit else limit / norm
         return inverse_scale * clip, SweepOutcome(stepped=True, norm=norm)
+
+    def _nonfinite(self, swept: list[Swept]) -> list[float]:
+        """Return for each gradient how many of its parts hold an infinity or NaN."""
+        found: dict[int, float] = {}
+        for backend, some in self._by_backend(swept).items():
+            if backend == "machine":
+                from castwise.optim.machine_table import nonfinite  # noqa: PLC0415 -- numba is imported by those who need it
+
+                bad = nonfinite(some)
+            else:
+                finite = torch.stack([each.gradient.isfinite().all() for each in some])
+                bad = finite.logical_not().tolist()
+            found.update(
+                {id(each): float(b) for each, b in zip(some, bad, strict=True)}
+            )
+        return add_up([s.parameter for s in swept], [found[id(s)] for s in swept])
 
     def _square_sums(self, swept: list[Swept], inverse_scale: float) -> list[float]:
         """Return the sum of the squares of each scaled gradient."""
@@ -343,6 +358,10 @@ def check_range(name: str, value: float, low: float, high: float) -> None:
     """Refuse a setting outside of [low, high]."""
     if not low <= value <= high:
         raise SettingsError(f"need {name} from {low} to {high}; got {value}")
+
+
+def _names(swept: list[Swept], chosen: list[bool]) -> tuple[str, ...]:
+    return tuple(s.name for s, choice in zip(swept, chosen, strict=True) if choice)
 
 
 def _check_parameter(parameter: torch.Tensor, name: str) -> None:
