@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from castwise.distributed.sharding import Sharding as Sharding
     from castwise.distributed.sharding import shard as shard
     from castwise.errors import CastwiseError as CastwiseError
+    from castwise.graph import CompiledModel as CompiledModel
+    from castwise.graph import Plan as Plan
+    from castwise.graph import compile as compile  # noqa: A004 -- as in torch.compile
     from castwise.hybrid.hybrid_trainer import HybridTrainer as HybridTrainer
     from castwise.integrations.grad_scaler import GradScaler as GradScaler
     from castwise.islands import AppliedPolicy as AppliedPolicy
@@ -75,6 +78,7 @@ _ROOMS = {
     "CastwiseError": "castwise.errors",
     "CayleyPropagator": "castwise.layers.cayley",
     "CheckpointShelf": "castwise.checkpoints",
+    "CompiledModel": "castwise.graph",
     "Contract": "castwise.numerics.contract",
     "Decision": "castwise.decision",
     "Diagnosis": "castwise.numerics.diagnose",
@@ -89,6 +93,7 @@ _ROOMS = {
     "MemoryMonitor": "castwise.memory.monitor",
     "NoScale": "castwise.loss_scale",
     "OperatorTable": "castwise.policy",
+    "Plan": "castwise.graph",
     "Policy": "castwise.policy",
     "Precision": "castwise.policy",
     "Rule": "castwise.policy",
@@ -103,6 +108,7 @@ _ROOMS = {
     "Validation": "castwise.numerics.validate",
     "WatchSchedule": "castwise.numerics.watch",
     "apply_policy": "castwise.islands",
+    "compile": "castwise.graph",
     "contract": "castwise.numerics.contract",
     "diagnose": "castwise.numerics.diagnose",
     "estimate": "castwise.memory.estimate",

@@ -1,0 +1,5 @@
+"""A policy resolved on captured graphs: a format for every value, and every cast."""
+
+from castwise.graph.compiled import CompiledModel as CompiledModel
+from castwise.graph.compiled import compile as compile  # noqa: A004 -- as in torch.compile
+from castwise.graph.plan import Plan as Plan

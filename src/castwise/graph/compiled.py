@@ -1,0 +1,226 @@
+"""A model that runs by a plan: `castwise.compile`.
+
+    compiled = castwise.compile(model, castwise.preset("bf16-mixed"))
+    loss = loss_fn(compiled(x), y)
+    loss.backward()
+    print(compiled.plan().summary())
+
+Weights stay in fp32 and the model stays as it is: its parameters, its `state_dict`, its
+hooks. Graphs are captured at the first call. An autocast region around the call changes
+nothing: the plan holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch._dynamo.config
+from torch import nn
+
+from castwise.autocast import DEVICE_TYPES
+from castwise.dtypes import supports
+from castwise.errors import SettingsError, UnsupportedFormatError
+from castwise.graph.capture import Inner, PlanningBackend
+from castwise.graph.coverage import CoverageWatch, Fallback, fall_back
+from castwise.graph.kept_weights import KeptWeights
+from castwise.graph.plan import Plan, Uncovered
+from castwise.graph.settings import Surroundings
+from castwise.policy.keys import PHASES
+from castwise.policy.presets import preset
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from castwise.policy.rules import Policy
+
+
+class CompiledModel(nn.Module):
+    """A model whose graphs run by a plan; made by `compile`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        policy: Policy,
+        *,
+        inner: Inner,
+        phase: str,
+        dynamic: bool | None,
+        keep_weights: bool,
+    ) -> None:
+        super().__init__()
+        self._orig_mod = model
+        self._policy = policy
+        self._inner = inner
+        self._dynamic = dynamic
+        self._kept = KeptWeights() if keep_weights else None
+        self._variants: dict[str, _Variant] = {}
+        self._device_type = _device_type(model)
+        self.phase = phase
+        self._variant()  # refuses now what it would refuse at the first call
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model by the plan of the phase."""
+        variant = self._variant()
+        with _no_autocast(self._device_type), _captures_recurrent_layers():
+            if variant.is_watched:
+                return variant.run(*args, **kwargs)
+            return self._run_watched(variant, args, kwargs)
+
+    def enter_phase(self, phase: str) -> None:
+        """Run by the plan of another phase; each is compiled once.
+
+        Raises:
+            SettingsError: There is no such phase.
+        """
+        if phase not in PHASES:
+            raise SettingsError(f"a phase is one of {', '.join(PHASES)}, got {phase!r}")
+        self.phase = phase
+
+    def plan(self, phase: str | None = None) -> Plan:
+        """The plan of a phase, as far as graphs were captured; they are at a call."""
+        variant = self._variant(phase)
+        return Plan(
+            policy=self._policy.name,
+            phase=phase or self.phase,
+            graphs=tuple(variant.backend.graphs),
+            uncovered=variant.uncovered,
+        )
+
+    def refresh_weights(self) -> None:
+        """Cast kept weights again, after a write that nothing could notice."""
+        if self._kept is not None:
+            self._kept.refresh()
+
+    @property
+    def num_captured(self) -> int:
+        """Graphs captured so far, in all phases; one more is a recompilation."""
+        return sum(each.backend.num_graphs for each in self._variants.values())
+
+    def _variant(self, phase: str | None = None) -> _Variant:
+        phase = phase or self.phase
+        if phase not in self._variants:
+            surroundings = Surroundings.of(self._orig_mod, self._policy, phase)
+            _check_device(surroundings, self._device_type)
+            backend = PlanningBackend(surroundings, self._inner, kept=self._kept)
+            self._variants[phase] = _Variant(
+                self._orig_mod, surroundings, backend, dynamic=self._dynamic
+            )
+        return self._variants[phase]
+
+    def _run_watched(self, variant: _Variant, args: Any, kwargs: dict[str, Any]) -> Any:
+        """The first call: see what no graph has, and let it fall back."""
+        watch = CoverageWatch(self._orig_mod)
+        with watch:
+            result = variant.run(*args, **kwargs)
+        variant.is_watched = True
+        variant.uncovered = fall_back(
+            self._orig_mod, watch, variant.backend.captured, self._fallback(variant)
+        )
+        return result
+
+    def _fallback(
+        self, variant: _Variant
+    ) -> Callable[[nn.Module, str], Fallback | None]:
+        surroundings = variant.surroundings
+
+        def fallback_of(module: nn.Module, fqn: str) -> Fallback | None:
+            compute = surroundings.compute(fqn)
+            if compute not in {"bf16", "fp16"}:
+                return None
+            return Fallback(module, self._device_type, compute, surroundings.table)
+
+        return fallback_of
+
+
+class _Variant:
+    """A model compiled for one phase."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        surroundings: Surroundings,
+        backend: PlanningBackend,
+        *,
+        dynamic: bool | None,
+    ) -> None:
+        self.surroundings = surroundings
+        self.backend = backend
+        self.run = torch.compile(model, backend=backend, dynamic=dynamic)
+        self.is_watched = False
+        self.uncovered: tuple[Uncovered, ...] = ()
+
+
+def compile(  # noqa: A001 -- as in torch.compile
+    model: nn.Module,
+    policy: Policy | str = "bf16-mixed",
+    *,
+    inner: Inner = "inductor",
+    phase: str = "full",
+    dynamic: bool | None = None,
+    keep_weights: bool = False,
+) -> CompiledModel:
+    """Compile a model so that its graphs run by a plan of a policy.
+
+    Args:
+        model: Weights in fp32; it is not edited.
+        policy: A policy, or the name of a preset.
+        inner: What runs the planned graphs: `inductor`, `aot_eager` or `eager`.
+        phase: The phase to begin in.
+        dynamic: As in `torch.compile`: True plans for any batch size at once.
+        keep_weights: Whether low copies of weights stay from call to call.
+
+    Raises:
+        PolicyError: The policy asks for what a plan cannot give.
+        SettingsError: The inner compiler or the device is unknown.
+        UnsupportedFormatError: The device does not compute in a low format.
+    """
+    chosen = preset(policy) if isinstance(policy, str) else policy
+    return CompiledModel(
+        model,
+        chosen,
+        inner=inner,
+        phase=phase,
+        dynamic=dynamic,
+        keep_weights=keep_weights,
+    )
+
+
+def _device_type(model: nn.Module) -> str:
+    device = next((w.device for w in model.parameters()), torch.device("cpu"))
+    if device.type not in DEVICE_TYPES:
+        raise SettingsError(
+            f"plans are made for {' and '.join(DEVICE_TYPES)}, got a model on "
+            f"{device}; move it to one of them"
+        )
+    return device.type
+
+
+def _check_device(surroundings: Surroundings, device_type: str) -> None:
+    for low in surroundings.lows:
+        decision = supports(device_type, low)
+        if not decision.value:
+            raise UnsupportedFormatError(f"{low}: {decision.because}")
+
+
+@contextlib.contextmanager
+def _no_autocast(device_type: str) -> Iterator[None]:
+    """A plan that was made under autocast would take its casts for the model's own."""
+    if not torch.is_autocast_enabled(device_type):
+        yield
+        return
+    with torch.autocast(device_type, enabled=False):
+        yield
+
+
+@contextlib.contextmanager
+def _captures_recurrent_layers() -> Iterator[None]:
+    """Dynamo skips frames with an LSTM whole unless told otherwise."""
+    config = torch._dynamo.config  # noqa: SLF001 -- where the switch is
+    before = config.allow_rnn
+    config.allow_rnn = True
+    try:
+        yield
+    finally:
+        config.allow_rnn = before

@@ -1,0 +1,164 @@
+"""What no captured graph has: operators that Dynamo left to Python, by module.
+
+Dynamo skips a frame that it cannot capture, and says nothing: the model runs, and a
+plan that covers nothing of it would look fine. So the first call of a compiled model is
+watched below autograd. Operators that run outside of captured graphs are named with
+their module. A module of which nothing was captured falls back to autocast with the
+same operator table; one that was captured in part keeps its other part in fp32.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from castwise.autocast import autocast
+from castwise.graph.plan import Uncovered
+from castwise.islands.eager import out_of_graphs
+from castwise.numerics.call_site import CallSites
+from castwise.numerics.operator_call import CAST, describe, floating
+
+if TYPE_CHECKING:
+    from torch._ops import OpOverload
+
+    from castwise.policy.ops import OperatorTable
+
+_INSIDE = threading.local()
+
+
+def covered(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark what a callable runs as part of a captured graph."""
+
+    def run_covered(*args: Any) -> Any:
+        before = getattr(_INSIDE, "graph", False)
+        _INSIDE.graph = True
+        try:
+            return run(*args)
+        finally:
+            _INSIDE.graph = before
+
+    return run_covered
+
+
+class CoverageWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the operators that run outside of captured graphs, by module."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._sites = CallSites(model)
+        self.found: dict[str, dict[str, None]] = defaultdict(dict)
+        """fqn of a module -> the operators that it ran outside."""
+
+    supports_higher_order_operators = True
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Let compiled code run as compiled code; otherwise Dynamo would step aside."""
+        return True
+
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if not getattr(_INSIDE, "graph", False) and hasattr(func, "_schema"):
+            self._see(func, args, kwargs, result)
+        return result
+
+    def _see(
+        self, func: OpOverload, args: Any, kwargs: dict[str, Any], result: Any
+    ) -> None:
+        if any(isinstance(t, FakeTensor) for t in floating((args, kwargs))):
+            return  # a graph is being captured, nothing runs
+        call = describe(func, args, kwargs, result)
+        if call is not None and call.op != CAST:
+            self.found[self._sites.here().module or ""][call.op] = None
+
+
+class Fallback:
+    """The forward of a module that no graph has: under autocast, as it is in Python.
+
+    It stands on the instance, where `nn.Module` looks for `forward` first.
+    """
+
+    def __init__(
+        self, module: nn.Module, device_type: str, fmt: str, table: OperatorTable
+    ) -> None:
+        self._module = module
+        self._device_type = device_type
+        self._fmt = fmt
+        self._table = table
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the forward of the module's class under autocast."""
+        return _run_fallback(self, args, kwargs)
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Cast as the operator table says; what goes out is as it was captured."""
+        module = self._module
+        with autocast(self._device_type, self._fmt, self._table):
+            result = type(module).forward(module, *args, **kwargs)
+        return _widened(result)
+
+
+@out_of_graphs("no graph could be captured of this module")
+def _run_fallback(
+    fallback: Fallback, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    return fallback.run(args, kwargs)
+
+
+def _widened(value: Any) -> Any:
+    """Low tensors as fp32, which the graphs around were captured with."""
+    if isinstance(value, torch.Tensor):
+        is_low = value.dtype in {torch.bfloat16, torch.float16}
+        return value.float() if is_low else value
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(_widened, value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_widened, value))
+    if isinstance(value, dict):
+        return type(value)((key, _widened(item)) for key, item in value.items())
+    return value
+
+
+def fall_back(
+    model: nn.Module,
+    watch: CoverageWatch,
+    captured: set[str],
+    fallback_of: Callable[[nn.Module, str], Fallback | None],
+) -> tuple[Uncovered, ...]:
+    """Give every module of which nothing was captured its fallback, and name all.
+
+    Args:
+        model: The model.
+        watch: What ran outside of graphs.
+        captured: Modules that captured nodes come from.
+        fallback_of: Makes the fallback of a module, or none where it stays fp32.
+    """
+    found = []
+    for fqn, ops in watch.found.items():
+        treatment = "fp32"
+        if fqn and fqn not in captured and _is_free(model.get_submodule(fqn)):
+            module = model.get_submodule(fqn)
+            fallback = fallback_of(module, fqn)
+            if fallback is not None:
+                module.__dict__["forward"] = fallback
+                treatment = "autocast"
+        found.append(Uncovered(module=fqn, ops=tuple(ops), treatment=treatment))
+    return tuple(found)
+
+
+def _is_free(module: nn.Module) -> bool:
+    return "forward" not in module.__dict__
