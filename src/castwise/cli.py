@@ -18,6 +18,7 @@ import castwise
 from castwise.commands import (
     contract,
     diagnose,
+    estimate,
     example,
     lint,
     search,
@@ -44,7 +45,7 @@ def train() -> None:
 
 train.add_command(kenken.train)
 root.add_command(kenken.group)
-for room in (contract, diagnose, example, lint, search, validate, watch):
+for room in (contract, diagnose, estimate, example, lint, search, validate, watch):
     root.add_command(room.command)
 
 

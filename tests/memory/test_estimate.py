@@ -15,10 +15,11 @@ from torch.utils.checkpoint import checkpoint
 
 from castwise.errors import SettingsError, TargetError
 from castwise.memory.estimate import Estimate, estimate
-from castwise.memory.lifetimes import Ledger, Lifetimes
-from castwise.optim import SGD, AdamW, SweepSettings
+from castwise.memory.lifetimes import Lifetimes
+from castwise.optim import SGD, STORAGES, AdamW, SweepSettings
 from castwise.policy import Policy, preset
 from castwise.training.step import prepare
+from castwise.training.step_memory import watch_step
 
 BATCH = 33
 EIGHT = SweepSettings(states="8bit", min_8bit_size=256, check_finite=False)
@@ -123,25 +124,7 @@ def measured(
     run = prepare(model, optimizer, policy)
     with run.step() as step:
         step.backward(loss_of(model(*batch[:-1]), batch[-1]))
-    ledger = Ledger(model)
-    for name, weight in model.named_parameters():
-        ledger.name(weight, kind="weights", module=name.rpartition(".")[0])
-        for state in optimizer.state[weight].values():
-            if isinstance(state, torch.Tensor):
-                ledger.name(state, kind="states")
-        if run.held is not None:
-            for extra in run.held._held[id(weight)].extras.values():
-                ledger.name(extra, kind="storage")
-    for buffer in model.buffers():
-        ledger.name(buffer, kind="buffers")
-    ledger.name_all(batch, kind="batch")
-    with ledger, run.step() as step:
-        loss = loss_of(model(*batch[:-1]), batch[-1])
-        ledger.begin("backward")
-        step.backward(loss)
-        del loss
-        ledger.begin("update")
-    return ledger.lifetimes()
+    return watch_step(run, batch, loss_of)
 
 
 def sums(lifetimes: Lifetimes, *kinds: str) -> int:
@@ -169,6 +152,21 @@ def test_estimate_is_what_a_real_step_holds(
     for each in STANDING:
         assert told.num_bytes(each) == sums(real, each), each
     assert told.peak_bytes == pytest.approx(real.peak()[1], rel=5e-3)
+
+
+@pytest.mark.parametrize("optimizer", ["torch", "adamw", "sgd"])
+@pytest.mark.parametrize("storage", list(STORAGES))
+def test_every_storage_is_told(storage: str, optimizer: str) -> None:
+    """Whatever stands beside weights in 16 bits, and what it takes to step them."""
+    model, batch = conv_net()
+    policy, make = preset("bf16-true").with_storage(storage), OPTIMIZERS[optimizer]
+    told = estimate(model, batch, loss_of, policy, optimizer=make)
+    real = measured(model, batch, policy, make)
+    for each in STANDING:
+        assert told.num_bytes(each) == sums(real, each), each
+    assert told.stages[-1].num_bytes == pytest.approx(
+        real.peak(real.marks["update"])[1], rel=5e-3
+    )
 
 
 def test_a_model_on_meta_is_told_as_on_the_cpu() -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -28,10 +28,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from castwise.dtypes import format_of
 from castwise.errors import SettingsError, TargetError
 from castwise.memory.lifetimes import tensors_within
 from castwise.optim.holding import HeldWeights
-from castwise.optim.joined import HeldParameter
+from castwise.optim.joined import HeldParameter, Joined
 from castwise.optim.storage import (
     Extras,
     SplitStorage,
@@ -39,6 +40,7 @@ from castwise.optim.storage import (
     WeightStorage,
     is_worth_machine_code,
 )
+from castwise.rounding import cast_stochastic
 
 Twins: TypeAlias = Mapping[int, torch.Tensor]
 """id of a tensor -> its fake."""
@@ -157,10 +159,9 @@ class FakeHold(HeldWeights):
         assert isinstance(storage, FakeStorage)
         return self._sweeps and isinstance(storage.real, SplitStorage)
 
-    def beside(self, parameter: torch.Tensor) -> Extras:
-        """Return what stands beside a weight; nothing for one that is not held."""
-        held = self._held.get(id(parameter))
-        return {} if held is None else held.extras
+    def all_joined(self) -> AbstractContextManager[Joined]:
+        """Let all weights be fp32 that a sweep does not join by itself."""
+        return self._joined(self._held.values())
 
 
 class FakeStorage(WeightStorage):
@@ -189,7 +190,7 @@ class FakeStorage(WeightStorage):
         if "master" in extras:
             weight.copy_(full)
         elif isinstance(self.real, StochasticStorage):
-            torch.empty_like(full, dtype=torch.int32)  # the lots
+            weight.copy_(cast_stochastic(full, format_of(weight.dtype)))  # any lots
         else:
             self.real.part(full, weight, extras)
 

@@ -8,6 +8,7 @@ weight. Norms and checks of the gradients make a number for each, which is not c
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from castwise.dtypes import format_of
-from castwise.errors import CastwiseError, SettingsError
+from castwise.errors import CastwiseError, PolicyError, SettingsError
 from castwise.memory.estimate_fakes import FakeHold, FakeModel, fake_optimizer
 from castwise.optim.holding import HeldIn, held_weights_of
 from castwise.optim.storage import make_storage
@@ -38,6 +39,10 @@ class Update:
         model: The fakes.
         bound: The policy, which says how weights in 16 bits are stored.
         device: Where the fakes stand.
+
+    Raises:
+        SettingsError: The optimizer is that of another model.
+        PolicyError: The policy says how weights in 16 bits are stored, and none is.
     """
 
     def __init__(
@@ -63,6 +68,12 @@ class Update:
             choose = _as_held(originals)
         if any(choose(each) is not None for each in _parameters(self.optimizer)):
             self._hold = FakeHold(self.optimizer, choose)
+        elif bound is not None and bound.policy.storage is not None:
+            raise PolicyError(
+                f"{bound.policy.name} says how weights in 16 bits are stored, but "
+                "holds none of the optimizer's weights in 16 bits; write p=bf16 for "
+                "some, or leave storage out"
+            )
 
     def warm_up(self) -> None:
         """Step once, so that every state exists.
@@ -96,11 +107,10 @@ class Update:
             ) from error
 
     def _step(self) -> None:
-        optimizer = self.optimizer
+        optimizer, hold = self.optimizer, self._hold
         if isinstance(optimizer, SweepOptimizer):
-            swept = optimizer._swept()  # noqa: SLF001 -- what a sweep makes, it makes here
-            if swept and optimizer.backend_for(swept[0].weight.device).value == "twin":
-                optimizer._advance(swept, 1.0)  # noqa: SLF001 -- as above
+            with contextlib.nullcontext() if hold is None else hold.all_joined():
+                _sweep(optimizer)
         else:
             _as_on_device(optimizer)
             optimizer.step()
@@ -130,6 +140,13 @@ class Update:
                     f"shape {list(weight.shape)} is not one of its weights; build the "
                     "optimizer from the parameters that it is given"
                 )
+
+
+def _sweep(optimizer: SweepOptimizer) -> None:
+    """Make what a sweep makes."""
+    swept = optimizer._swept()  # noqa: SLF001 -- copies of gradients are made here
+    if swept and optimizer.backend_for(swept[0].weight.device).value == "twin":
+        optimizer._advance(swept, 1.0)  # noqa: SLF001 -- the readable twin makes its own
 
 
 def _parameters(optimizer: Any) -> list[nn.Parameter]:

@@ -180,6 +180,11 @@ class HeldWeights:
         held = self._held.get(id(parameter))
         return None if held is None else held.storage.name
 
+    def beside(self, parameter: torch.Tensor) -> Extras:
+        """Return what stands beside a weight, by name; nothing where it is not held."""
+        held = self._held.get(id(parameter))
+        return {} if held is None else dict(held.extras)
+
     @property
     def parameter_wise(self) -> Decision[bool]:
         """Whether the optimizer is stepped a few parameters at a time, and why."""

@@ -108,6 +108,9 @@ CHANGES = (
 @click.option(
     "--sentinel", is_flag=True, help="Take bad steps back, and promote modules."
 )
+@click.option(
+    "--dry-run", is_flag=True, help="Show the memory that a step will hold; train not."
+)
 def train(**flags: Any) -> int:
     """Train a KenKen solver on puzzles that are made on the spot."""
     from castwise.recipes.kenken import recipe
@@ -122,19 +125,32 @@ def train(**flags: Any) -> int:
         from castwise.recipes.kenken.curricula import read_curriculum_file
 
         given["curriculum_text"] = read_curriculum_file(flags["curriculum"])
+    changes = {name: given[name] for name in CHANGES if name in given}
+    choice = PrecisionChoice(
+        dtype=flags["dtype"],
+        precision=flags["precision"],
+        policy_file=flags["policy"],
+        fallback=flags["fallback"],
+        storage=flags["storage"],
+    )
+    optimizer = OptimizerChoice(
+        name=flags["optimizer"], fallback=flags["optimizer_fallback"]
+    )
+    if flags["dry_run"]:
+        from castwise.recipes.kenken.dry_run import dry_run
+
+        return dry_run(
+            preset=flags["preset"],
+            changes=changes,
+            choice=choice,
+            optimizer=optimizer,
+            device=flags["device"],
+        )
     return recipe.train(
         preset=flags["preset"],
-        changes={name: given[name] for name in CHANGES if name in given},
-        choice=PrecisionChoice(
-            dtype=flags["dtype"],
-            precision=flags["precision"],
-            policy_file=flags["policy"],
-            fallback=flags["fallback"],
-            storage=flags["storage"],
-        ),
-        optimizer=OptimizerChoice(
-            name=flags["optimizer"], fallback=flags["optimizer_fallback"]
-        ),
+        changes=changes,
+        choice=choice,
+        optimizer=optimizer,
         place=recipe.Place(
             device=flags["device"],
             out=flags["out"],
