@@ -83,6 +83,8 @@ class HealthProbe:
 
     def __init__(self, model: nn.Module, *, interval: int = 1) -> None:
         self.interval = interval
+        self.paused = False
+        """Whether forwards pass unmeasured and uncounted."""
         self._calls: dict[str, int] = {}
         self._found: dict[str, tuple[Tensor, tuple[str, ...]]] = {}
         self._handles = [
@@ -113,6 +115,8 @@ class HealthProbe:
         def measure(
             layer: CayleyPropagator, args: tuple[Any, ...], out: Tensor
         ) -> None:
+            if self.paused:
+                return
             call = self._calls.get(fqn, 0)
             self._calls[fqn] = call + 1
             if call % self.interval == 0:

@@ -66,6 +66,17 @@ class ResolventMixing(nn.Module):
         with torch.autocast(device_type, enabled=False):
             return self._mix(x.float() if x.dtype.itemsize < 4 else x).to(x.dtype)
 
+    def in_fp64(self, x: Tensor) -> Tensor:
+        """Return what the layer would return if it computed in fp64 throughout."""
+        with torch.autocast(x.device.type, enabled=False):
+            return self._mix(x.double())
+
+    def _z(self, dtype: torch.dtype) -> Tensor:
+        """Return energy + i eta; there is no complex bf16."""
+        wide = torch.promote_types(dtype, torch.float32)
+        eta = softplus(self.raw_eta.to(wide)) + 1e-2
+        return torch.complex(self.energy.to(wide), eta)
+
     def _mix(self, x: Tensor) -> Tensor:
         weight, bias = self.potential.weight, self.potential.bias
         v = linear(x, weight.to(x.dtype), bias.to(x.dtype)).transpose(-1, -2)
@@ -76,7 +87,7 @@ class ResolventMixing(nn.Module):
             d,
             coupling,
             coupling,
-            torch.complex(self.energy, softplus(self.raw_eta) + 1e-2),
+            self._z(d.dtype),
             precision=self.precision,
             causal=self.causal,
         )

@@ -1,0 +1,10 @@
+"""A language model of complex-valued blocks around a stack of Cayley propagators.
+
+settings.py    what can be asked of it
+model.py       the model, and what it is compared with
+module.py      the model as Lightning sees it
+callbacks.py   journal, display, health and checkpoints of a Lightning run
+plain_files.py Lightning's checkpoints as safetensors files
+recipe.py      the whole run, from text to report
+command.py     `castwise train soliton_lm`
+"""

@@ -1,0 +1,362 @@
+"""The whole run of `castwise train soliton_lm`, through Lightning, in reading order.
+
+plan      settings, policy and device: from config and flags, or from a checkpoint
+build     tokens, model, precision plugin, callbacks, and a census of what runs
+fit       Lightning's Trainer
+tell      report.html, and a sample of text
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import signal
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from rich.console import Console
+from torch import nn
+
+from castwise.checkpoints import CheckpointShelf
+from castwise.decision import Decision
+from castwise.errors import CheckpointError, SettingsError
+from castwise.integrations.hosted import HostedPolicy
+from castwise.integrations.lightning import CastwisePrecision
+from castwise.layers.cayley_health import HealthProbe
+from castwise.memory.monitor import MemoryMonitor
+from castwise.numerics.census import observe
+from castwise.recipes.device_choice import choose_device
+from castwise.recipes.language import closing
+from castwise.recipes.language.causal_lm import num_parameters
+from castwise.recipes.language.compiling import compile_blocks, compile_decision
+from castwise.recipes.language.evaluation import Batches
+from castwise.recipes.language.health import NoProbe, Probe
+from castwise.recipes.language.plan import (
+    SIGNAL_CODES,
+    Asked,
+    Plan,
+    changes_since,
+    facts_of,
+    plan_anew,
+    plan_from,
+)
+from castwise.recipes.language.sampling import SamplingSettings, sample_text
+from castwise.recipes.language.supply import TokenSupply, default_folder, open_supply
+from castwise.recipes.soliton_lm.callbacks import RunCallback
+from castwise.recipes.soliton_lm.model import RECIPE, build_model
+from castwise.recipes.soliton_lm.module import SolitonModule
+from castwise.recipes.soliton_lm.plain_files import ShelfFiles
+from castwise.training.display import NullDisplay, open_display
+from castwise.training.journal import Journal
+from castwise.training.random_state import seed_everything
+from castwise.training.run_folder import RunFolder, open_run_folder
+
+RUNS = Path("runs") / "soliton_lm"
+_FOLDER = "CASTWISE_RUN_FOLDER"  # how processes that Lightning starts learn of it
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """Where a run happens and what it may use there."""
+
+    devices: str = "1"
+    """How many, or `auto`, as Lightning's Trainer takes it."""
+
+    strategy: str = "auto"
+    """auto, ddp, ddp_spawn, ..., as Lightning's Trainer takes it."""
+
+    device: str = "auto"
+    """auto, cpu or cuda."""
+
+    out: Path | None = None
+    """Folder of the run, or None for the next number below `RUNS`."""
+
+    resume: bool = False
+    """Whether to go on with the run that stands there."""
+
+    keep_last: int = 3
+    """Checkpoints that stay, besides the best."""
+
+    num_threads: int | None = None
+    """CPU threads of torch, or None for its own choice."""
+
+    data: Path | None = None
+    """Folder that keeps tokens, or None for the user's cache."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Built:
+    """What a run consists of, ready to start."""
+
+    trainer: Trainer
+    """Lightning's."""
+
+    module: SolitonModule
+    """The model in it."""
+
+    callback: RunCallback
+    """What keeps the evidence."""
+
+    precision: CastwisePrecision
+    """The policy in force."""
+
+    supply: TokenSupply
+    """Its tokens."""
+
+    facts: Mapping[str, Any]
+    """What stands in checkpoints and in the report."""
+
+
+def train(asked: Asked, place: Place) -> int:
+    """Train, measure, report; return the exit code.
+
+    Raises:
+        CastwiseError: For every mistake in a flag, a file or a folder.
+    """
+    console = Console(quiet=not _is_first())
+    device = choose_device(place.device)
+    folder = _open_folder(place)
+    shelf = CheckpointShelf(
+        folder=folder.checkpoints, kind=RECIPE.kind, keep_last=place.keep_last
+    )
+    plan, start = _plan(asked, folder, shelf)
+    if place.num_threads is not None:
+        torch.set_num_threads(place.num_threads)
+    with ExitStack() as stack:
+        stack.enter_context(_quiet_lightning())
+        built = _build(plan, place, device, folder, shelf, stack)
+        for line in closing.opening_lines(built.facts, folder):
+            console.print(line, highlight=False, soft_wrap=True)
+        if plan.tree is not None:
+            for line in changes_since(plan.tree["facts"], built.facts):
+                console.print(line, highlight=False, soft_wrap=True)
+        stack.enter_context(_signals_to(built.callback))
+        built.trainer.fit(built.module, ckpt_path=start)
+        step = built.trainer.global_step
+        if step % plan.settings.training.evaluate_every:
+            built.trainer.validate(built.module, verbose=False)
+    stopped = built.callback.stopped_by
+    if stopped is not None and step < plan.settings.training.num_steps:
+        console.print(
+            f"Stopped by {stopped} after step {step}; go on with `castwise train "
+            f"{RECIPE.name} --resume --out {folder.path}`.",
+            soft_wrap=True,
+        )
+        return SIGNAL_CODES[stopped]
+    if _is_first():
+        _tell(built, plan, folder, console)
+    return 0
+
+
+def _is_first() -> bool:
+    """Whether this is the process that the user started."""
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0
+
+
+def _open_folder(place: Place) -> RunFolder:
+    if not _is_first():
+        path = Path(os.environ[_FOLDER])
+        return RunFolder(path=path, resuming=place.resume)
+    folder = open_run_folder(out=place.out, parent=RUNS, resume=place.resume)
+    os.environ[_FOLDER] = str(folder.path.resolve())
+    return folder
+
+
+def _plan(
+    asked: Asked, folder: RunFolder, shelf: CheckpointShelf
+) -> tuple[Plan, str | None]:
+    if not folder.resuming:
+        return plan_anew(RECIPE, asked), None
+    found = shelf.latest()
+    if found.value is None:
+        raise CheckpointError(
+            f"--resume needs a checkpoint, and {folder.checkpoints} holds none; start "
+            "without --resume."
+        )
+    plan = plan_from(RECIPE, asked, found.value.tree, found.value.path)
+    if _is_first():
+        with Journal(folder.path) as journal:
+            journal.rewind(found.value.step)
+    return plan, str(found.value.path)
+
+
+def _build(
+    plan: Plan,
+    place: Place,
+    device: Decision[torch.device],
+    folder: RunFolder,
+    shelf: CheckpointShelf,
+    stack: ExitStack,
+) -> Built:
+    settings, training = plan.settings, plan.settings.training
+    supply = open_supply(
+        settings.text, place.data or default_folder(), tokenizer=plan.tokenizer
+    )
+    batches = Batches(supply, settings.text, training)
+    seed_everything(training.seed)
+    model = build_model(
+        settings.model, supply.tokenizer.vocab_size, settings.text.sequence_length
+    )
+    compiled = compile_decision(training.compile, device.value)
+    measured = _measured(plan, model, batches, device.value)
+    facts = facts_of(
+        RECIPE, plan, supply, device, {**measured, "compiled": str(compiled)}
+    )
+    probe: Probe = NoProbe()
+    if settings.model.variant == "layer":
+        probe = HealthProbe(model)
+        probe.paused = True
+    if compiled.value:
+        compile_blocks(model)
+    precision = CastwisePrecision(
+        plan.policy.value, device=device.value.type, fallback=plan.fallback
+    )
+    files = ShelfFiles(shelf, facts)
+    callback = RunCallback(
+        training=training,
+        num_tokens=settings.text.batch_size * settings.text.sequence_length,
+        journal=stack.enter_context(Journal(folder.path)),
+        display=stack.enter_context(
+            open_display(training.num_steps, f"castwise train {RECIPE.name}")
+            if _is_first()
+            else NullDisplay()
+        ),
+        monitor=MemoryMonitor(device.value),
+        probe=probe,
+        precision=precision,
+        files=files,
+        tree=plan.tree,
+        writes=_is_first(),
+    )
+    return Built(
+        trainer=_trainer(plan, place, device.value, precision, files, callback),
+        module=SolitonModule(model, batches, training, plan.policy.value),
+        callback=callback,
+        precision=precision,
+        supply=supply,
+        facts=facts,
+    )
+
+
+def _trainer(
+    plan: Plan,
+    place: Place,
+    device: torch.device,
+    precision: CastwisePrecision,
+    files: ShelfFiles,
+    callback: RunCallback,
+) -> Trainer:
+    training = plan.settings.training
+    try:
+        return Trainer(
+            accelerator="gpu" if device.type == "cuda" else "cpu",
+            devices=place.devices if place.devices == "auto" else int(place.devices),
+            strategy=place.strategy,
+            plugins=[precision, files],
+            callbacks=[callback],
+            max_steps=training.num_steps,
+            val_check_interval=training.evaluate_every,
+            check_val_every_n_epoch=None,
+            gradient_clip_val=training.clip_norm,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise SettingsError(
+            f"Lightning cannot make a Trainer with --devices {place.devices} and "
+            f"--strategy {place.strategy}: {error}"
+        ) from error
+
+
+def _measured(
+    plan: Plan, model: nn.Module, batches: Batches, device: torch.device
+) -> dict[str, Any]:
+    """Count which operator runs in which format, on a copy and the first batch."""
+    copied = copy.deepcopy(model).to(device)
+    hosted = HostedPolicy(plan.policy.value, fallback=plan.fallback)
+    coverage, *_ = hosted.put_on(copied, device)
+    batch = batches.train(0).to(device)
+
+    def once() -> None:
+        with hosted.region():
+            loss = copied(batch.tokens, batch.targets)
+        loss.backward()
+
+    census = observe(once)
+    effective = hosted.effective
+    hosted.take_off()
+    return {
+        "in_force": coverage,
+        "loss_scale": str(effective.decide_loss_scale()),
+        "effective": census.record(),
+        "num_parameters": num_parameters(model),
+    }
+
+
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Leave out what Lightning says about accelerators and data loaders."""
+    loggers = [
+        logging.getLogger(name)
+        for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning")
+    ]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            # asked of a pytree in a way that torch 2.13 deprecates
+            warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
+            # batches are gathered from a mapped file: there is nothing to wait for
+            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+            yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
+@contextmanager
+def _signals_to(callback: RunCallback) -> Iterator[None]:
+    """Let the first SIGINT or SIGTERM end the run after its step."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    which = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(one, callback.stop) for one in which]
+    try:
+        yield
+    finally:
+        for one, handler in zip(which, before, strict=True):
+            signal.signal(one, handler)
+
+
+def _tell(built: Built, plan: Plan, folder: RunFolder, console: Console) -> None:
+    model = built.module.model.cpu()
+    sample = sample_text(
+        model,
+        built.supply.tokenizer,
+        "",
+        length=plan.settings.text.sequence_length,
+        settings=SamplingSettings(),
+    )
+    with Journal(folder.path) as journal:
+        journal.write("sample", built.trainer.global_step, {"text": sample})
+    closing.close(
+        title="A language model around Cayley propagators",
+        facts=built.facts,
+        sample=sample,
+        folder=folder,
+        console=console,
+    )
