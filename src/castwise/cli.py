@@ -27,6 +27,9 @@ from castwise.commands import (
 )
 from castwise.errors import CastwiseError
 from castwise.recipes.kenken import command as kenken
+from castwise.recipes.language import command as language
+from castwise.recipes.resolvent_lm import command as resolvent_lm
+from castwise.recipes.soliton_lm import command as soliton_lm
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -43,8 +46,10 @@ def train() -> None:
     """Train a recipe on data that it makes itself."""
 
 
-train.add_command(kenken.train)
+for recipe in (kenken, resolvent_lm, soliton_lm):
+    train.add_command(recipe.train)
 root.add_command(kenken.group)
+root.add_command(language.sample)
 for room in (contract, diagnose, estimate, example, lint, search, validate, watch):
     root.add_command(room.command)
 
