@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from castwise.memory.estimate import Estimate as Estimate
     from castwise.memory.estimate import estimate as estimate
     from castwise.memory.monitor import MemoryMonitor as MemoryMonitor
+    from castwise.memory.offload import offload_saves as offload_saves
+    from castwise.memory.recompute import recompute as recompute
+    from castwise.memory.saves import store_saves as store_saves
     from castwise.numerics.census import FormatCensus as FormatCensus
     from castwise.numerics.census import observe as observe
     from castwise.numerics.contract import Contract as Contract
@@ -117,8 +120,10 @@ _ROOMS = {
     "load_checkpoint": "castwise.checkpoints",
     "module_facts": "castwise.islands",
     "observe": "castwise.numerics.census",
+    "offload_saves": "castwise.memory.offload",
     "prepare": "castwise.training.step",
     "preset": "castwise.policy",
+    "recompute": "castwise.memory.recompute",
     "replicate": "castwise.distributed.replication",
     "resolvent_diagonal": "castwise.layers.resolvent",
     "round_nearest": "castwise.rounding",
@@ -126,6 +131,7 @@ _ROOMS = {
     "save_checkpoint": "castwise.checkpoints",
     "search": "castwise.numerics.search",
     "shard": "castwise.distributed.sharding",
+    "store_saves": "castwise.memory.saves",
     "validate": "castwise.numerics.validate",
     "validate_function": "castwise.numerics.validate.plain_function",
     "watch": "castwise.numerics.watch",

@@ -111,7 +111,8 @@ def refuse_island(fqn: str, module: nn.Module) -> None:
             f"{shown(fqn)} is a ScriptModule, whose forward cannot be wrapped; apply "
             "the policy before scripting, or leave this module out"
         )
-    if "forward" in module.__dict__:
+    patch = module.__dict__.get("forward")
+    if patch is not None and not getattr(patch, "calls_class", False):
         raise IslandError(
             f"{shown(fqn)} has a forward patched onto the instance, which would bypass "
             "the island; remove the patch, or override forward in a class"
