@@ -104,6 +104,10 @@ class BudgetError(CastwiseError):
     """An error or byte budget cannot be met; the message says by how much."""
 
 
+class MemoryShortageError(CastwiseError):
+    """A step needs more memory than its device has; who holds what, and what helps."""
+
+
 class MissingExtraError(CastwiseError):
     """An optional package is missing; the message names the extra that brings it."""
 

@@ -20,6 +20,7 @@ from castwise.optim.clipping import ByGroup, ByRow
 from castwise.training.admission import refuse_loss
 from castwise.training.outcome import Skipped, Stepped, skipped, writer_of
 from castwise.training.replay import Again, Explanation, explain, losses_of
+from castwise.training.shortage import is_out_of_memory, shortage
 from castwise.training.state_watch import refuse_poisoned_weights, too_large_to_square
 
 if TYPE_CHECKING:
@@ -114,11 +115,17 @@ class Step:
             region.__exit__(kind, error, trace)
             if error is None:
                 self._finish()
+        except RuntimeError as failed:
+            if is_out_of_memory(failed):
+                raise shortage(failed, run) from failed
+            raise
         finally:
             run._tape.close()  # noqa: SLF001 -- a run and its step share it
             run._clear_gradients()  # noqa: SLF001 -- as above
             run._close()  # noqa: SLF001 -- as above
             self._last_node = None
+        if error is not None and is_out_of_memory(error):
+            raise shortage(error, run) from error
 
     def _finish(self) -> None:
         if not self._losses:
