@@ -81,7 +81,7 @@ def find_aliases(calls: Mapping[fx.Node, Call]) -> Aliases:
         if call.writes:
             written |= _written_by(call, of)
         if call.name in _WRITE_STATISTICS:  # no version tells
-            for source in kept_inputs(node, "batch_norm"):
+            for source in kept_inputs(node, call.name):
                 written |= of[source] if not requires_grad(source) else set()
         if call.role == "input":
             incoming |= of[node]

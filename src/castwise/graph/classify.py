@@ -96,6 +96,9 @@ class Call:
     kept: set[fx.Node] = field(default_factory=set)
     """Inputs that stay in fp32."""
 
+    in_region: bool = False
+    """Whether it runs in a region of autocast, as it calls several operators."""
+
     is_parameter: bool = False
     """Whether it is a weight that comes in."""
 
@@ -244,7 +247,7 @@ def _assign_without_result(call: Call) -> None:
     takes = any(map(is_planned, call.node.all_input_nodes))
     if call.name in operators.DECIDES:
         call.role, call.because = "decides", "a rounded input may turn its answer"
-    elif call.name in operators.READS or not takes:
+    elif call.name in operators.READS | operators.AFTER_SHAPE or not takes:
         call.role, call.because = "reads", "reads no number"
     else:
         call.because, call.is_known = _UNKNOWN, False
@@ -265,6 +268,9 @@ def _assign_by_table(call: Call, surroundings: Surroundings) -> None:
         _assign_written(call)
         return
     call.kept = operators.kept_inputs(call.node, name)
+    if name in operators.COMPOSITES:
+        call.in_region, call.because = True, "calls several operators, under autocast"
+        return
     if category in {"low", "fp32"}:
         call.role = "low" if category == "low" else "fp32"
         call.because = table.explain(name)

@@ -14,13 +14,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from castwise.autocast import autocast
 from castwise.graph.plan import Uncovered
+from castwise.graph.regions import widened
 from castwise.islands.eager import out_of_graphs
 from castwise.numerics.call_site import CallSites
 from castwise.numerics.operator_call import CAST, describe, floating
@@ -109,7 +109,7 @@ class Fallback:
         module = self._module
         with autocast(self._device_type, self._fmt, self._table):
             result = type(module).forward(module, *args, **kwargs)
-        return _widened(result)
+        return widened(result)
 
 
 @out_of_graphs("no graph could be captured of this module")
@@ -117,20 +117,6 @@ def _run_fallback(
     fallback: Fallback, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     return fallback.run(args, kwargs)
-
-
-def _widened(value: Any) -> Any:
-    """Low tensors as fp32, which the graphs around were captured with."""
-    if isinstance(value, torch.Tensor):
-        is_low = value.dtype in {torch.bfloat16, torch.float16}
-        return value.float() if is_low else value
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*map(_widened, value))
-    if isinstance(value, (list, tuple)):
-        return type(value)(map(_widened, value))
-    if isinstance(value, dict):
-        return type(value)((key, _widened(item)) for key, item in value.items())
-    return value
 
 
 def fall_back(

@@ -47,14 +47,16 @@ FOLLOWS = (
     | PROMOTES
     | _names("""
         abs adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool1d
-        adaptive_max_pool2d addcmul alpha_dropout amax amin avg_pool1d avg_pool2d
-        batch_norm broadcast_to celu clamp clamp_max clamp_min dropout dropout1d
-        dropout2d dropout3d elu embedding expand expand_as feature_alpha_dropout
-        feature_dropout gather gelu glu hardsigmoid hardswish hardtanh index_add
-        index_select leaky_relu lerp logsigmoid masked_fill max_pool1d max_pool2d
-        maximum mean minimum mish pad pixel_shuffle pixel_unshuffle relu6 repeat
-        repeat_interleave scatter scatter_add selu sigmoid silu sqrt square
-        take_along_dim tanh threshold tile unfold where
+        adaptive_max_pool2d addcmul alpha_dropout amax amin atan avg_pool1d avg_pool2d
+        batch_norm broadcast_to ceil celu clamp clamp_max clamp_min cos dropout
+        dropout1d dropout2d dropout3d elu embedding erf expand expand_as
+        feature_alpha_dropout feature_dropout floor gather gelu glu hardshrink
+        hardsigmoid hardswish hardtanh index_add index_select instance_norm leaky_relu
+        lerp logsigmoid masked_fill max max_pool1d max_pool2d maximum mean min minimum
+        mish nan_to_num pad pixel_shuffle pixel_unshuffle relu6 repeat
+        repeat_interleave round scatter scatter_add selu sigmoid sign silu sin
+        softshrink softsign sort sqrt square std take_along_dim tanh tanhshrink
+        threshold tile topk trunc unfold var where
         """)
 )
 """The result has the format of the inputs; sums inside of them run in fp32."""
@@ -78,6 +80,12 @@ LIKE = _names("""
     """)
 """They read no number of their input; they take the captured dtype by name."""
 
+COMPOSITES = _names("multi_head_attention_forward")
+"""Functions that call several operators: they run in a region of autocast."""
+
+AFTER_SHAPE = _names("expand_as reshape_as view_as")
+"""They ask for the shape of their second argument, and for no number of it."""
+
 READS = _names("""
     dim dtype device is_complex is_contiguous is_cuda is_floating_point layout ndim
     ndimension nelement numel requires_grad shape size stride sym_numel sym_size
@@ -90,6 +98,7 @@ CASTS = _names("bfloat16 cdouble cfloat cpu cuda double float half to type type_
 
 KEPT_ARGUMENTS = {
     "batch_norm": ("running_mean", "running_var", "weight", "bias"),
+    "instance_norm": ("running_mean", "running_var", "weight", "bias"),
     "scaled_dot_product_attention": ("attn_mask",),
 }
 """Arguments that stay in fp32 beside a low input: statistics, affine weights, masks,
@@ -97,6 +106,7 @@ whose largest negative numbers are infinite in bf16."""
 
 _POSITIONS = {
     "batch_norm": ("input", "running_mean", "running_var", "weight", "bias"),
+    "instance_norm": ("input", "running_mean", "running_var", "weight", "bias"),
     "scaled_dot_product_attention": ("query", "key", "value", "attn_mask"),
 }
 

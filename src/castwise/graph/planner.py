@@ -59,7 +59,7 @@ def plan_graph(
     planned = choose(module.graph, surroundings)
     problem, solution = planned.problem, planned.solution
     found = _record(problem, solution, name)
-    insert_casts(module.graph, problem.calls, solution.needs)
+    insert_casts(module.graph, problem.calls, solution.needs, surroundings.table)
     module.recompile()
     return [found, *inner]
 

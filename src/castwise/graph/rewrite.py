@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
+from castwise.dtypes import format_of
+from castwise.graph.regions import in_region
 from castwise.graph.values import is_floating, is_planned, tensors_of, value_of
 
 if TYPE_CHECKING:
@@ -19,15 +21,20 @@ if TYPE_CHECKING:
 
     from castwise.graph.classify import Call
     from castwise.graph.demands import Cast, Needs
+    from castwise.policy.ops import OperatorTable
 
 _KEPT_META = ("nn_module_stack", "source_fn_stack")
 
 
-def insert_casts(graph: fx.Graph, calls: Mapping[fx.Node, Call], needs: Needs) -> None:
+def insert_casts(
+    graph: fx.Graph, calls: Mapping[fx.Node, Call], needs: Needs, table: OperatorTable
+) -> None:
     """Insert the casts of a plan into its graph, in place."""
     for node, call in calls.items():
         if call.role == "like":
             _name_dtype(node)
+        elif call.in_region:
+            _put_in_region(node, call, table)
     last_input = _last_input(graph)
     stand_ins: dict[fx.Node, fx.Node] = {}
     for cast in needs.casts:
@@ -84,6 +91,13 @@ def _last_input(graph: fx.Graph) -> fx.Node | None:
         if node.op == "placeholder":
             last = node
     return last
+
+
+def _put_in_region(node: fx.Node, call: Call, table: OperatorTable) -> None:
+    device = next(t.device.type for t in tensors_of(value_of(node)))
+    assert callable(node.target)
+    assert call.low is not None
+    node.target = in_region(node.target, device, format_of(call.low), table)
 
 
 def _name_dtype(node: fx.Node) -> None:

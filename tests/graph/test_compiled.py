@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import castwise as cw
+from castwise.autocast import autocast
+from castwise.graph.capture import Inner
+from castwise.graph.compiled import CompiledModel
+from castwise.numerics.error import relative_error
+from graph.graph_cases import CASES, Case
+from tolerances import TOLERANCES
+
+
+def step(model: nn.Module, run: Callable[[Any], Tensor], x: Any) -> tuple[Any, Any]:
+    """Outputs, and all gradients as one vector."""
+    model.zero_grad()
+    out = run(x)
+    weights = torch.linspace(0.5, 1.5, out.numel(), dtype=torch.float64)
+    (out * weights.to(out.dtype).view(out.shape)).sum().backward()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    return out.detach(), torch.cat([g.flatten().double() for g in grads])
+
+
+def errors(
+    case: Case, compile_it: Callable[[nn.Module], Callable[[Any], Tensor]]
+) -> tuple[float, float, float]:
+    """Relative errors of outputs, gradients and buffers, over two calls."""
+    torch.manual_seed(0)
+    model = case.build()
+    reference = copy.deepcopy(model).double()
+    run = compile_it(model)
+    worst = [0.0, 0.0, 0.0]
+    for seed in (1, 2):
+        right = step(reference, reference, case.inputs(torch.float64, seed))
+        got = step(model, run, case.inputs(torch.float32, seed))
+        floats = [
+            [b.double() for b in each.buffers() if b.is_floating_point()]
+            for each in (model, reference)
+        ]
+        found = [*map(relative_error, got, right), relative_error(*floats)]
+        worst = [max(pair) for pair in zip(worst, found, strict=True)]
+    return worst[0], worst[1], worst[2]
+
+
+def under_autocast(model: nn.Module) -> Callable[[Any], Tensor]:
+    """The rival: the same operator table, put into force operator by operator."""
+
+    def run(x: Any) -> Tensor:
+        with autocast("cpu", "bf16"):
+            return model(x)
+
+    return run
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # Dynamo itself
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # asked for by Dynamo itself
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_outputs_gradients_and_buffers_are_right(case: Case, inner: Inner) -> None:
+    """Whatever a model does, a plan is as near to float64 as autocast is."""
+    torch.compiler.reset()
+    compiled: list[CompiledModel] = []
+
+    def compile_it(model: nn.Module) -> Callable[[Any], Tensor]:
+        compiled.append(cw.compile(model, "bf16-mixed", inner=inner))
+        return compiled[0]
+
+    found, usual = errors(case, compile_it), errors(case, under_autocast)
+    for error, rival in zip(found, usual, strict=True):
+        assert error <= 1.5 * rival + 2 * TOLERANCES["bf16"].unit
+    plan = compiled[0].plan()
+    assert not plan.uncovered, plan.summary()
+    assert plan.num_casts or case.name == "own regions", plan.summary()
