@@ -16,6 +16,7 @@ import click
 
 import castwise
 from castwise.commands import (
+    bench,
     contract,
     diagnose,
     estimate,
@@ -50,7 +51,17 @@ for recipe in (kenken, resolvent_lm, soliton_lm):
     train.add_command(recipe.train)
 root.add_command(kenken.group)
 root.add_command(language.sample)
-for room in (contract, diagnose, estimate, example, lint, search, validate, watch):
+for room in (
+    bench,
+    contract,
+    diagnose,
+    estimate,
+    example,
+    lint,
+    search,
+    validate,
+    watch,
+):
     root.add_command(room.command)
 
 

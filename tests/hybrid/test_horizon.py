@@ -15,10 +15,10 @@ def test_accepted_goes_further_refused_less_far() -> None:
     horizon = Horizon(least=5, most=24, full_steps=20)
     lengths = [horizon.length]
     for _ in range(4):
-        horizon.accepted()
+        horizon.accepted(credited=1.0, paid=1.0)
         lengths.append(horizon.length)
     for _ in range(4):
-        horizon.refused()
+        horizon.refused(paid=1.0)
         lengths.append(horizon.length)
     assert lengths == [10, 15, 22, 24, 24, 12, 6, 5, 5]
 
@@ -28,13 +28,13 @@ def test_refusals_in_a_row_cool_down_ever_longer() -> None:
     horizon = Horizon(least=5, most=80, full_steps=20)
     coolings = []
     for _ in range(5):
-        horizon.refused()
+        horizon.refused(paid=1.0)
         coolings.append(horizon.cooling)
     assert coolings == [0, 0, 20, 40, 80]
     horizon.count_real_step()
     assert horizon.cooling == 79
-    horizon.accepted()
-    horizon.refused()
+    horizon.accepted(credited=1.0, paid=1.0)
+    horizon.refused(paid=1.0)
     assert horizon.cooling == 79  # still cooling, and not anew
 
 

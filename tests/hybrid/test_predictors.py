@@ -14,6 +14,7 @@ from castwise.hybrid.exact_weights import ExactWeights
 from castwise.hybrid.predictor import Predictor
 from castwise.hybrid.predictors import AdamHold, OuterNesterov, make_predictor
 from castwise.hybrid.predictors.backtest import NUM_COORDINATES, BackTest
+from castwise.optim import AdamW, SweepSettings
 from castwise.policy import preset
 from castwise.training.step import prepare
 
@@ -266,3 +267,57 @@ def leaves(tree: object) -> list[Tensor]:
     if isinstance(tree, dict | list):
         return [tensor for each in inner for tensor in leaves(each)]  # type: ignore[union-attr]
     return []
+
+
+def test_modes_of_a_linear_course_are_run_on_exactly() -> None:
+    """Two decaying modes, one of them turning: DMD foresees every step of them."""
+    model = Point(61)
+    torch.manual_seed(2)
+    basis = torch.linalg.qr(torch.randn(64, 3, dtype=torch.float64))[0]
+    turn = torch.tensor([[0.9, -0.3, 0.0], [0.3, 0.9, 0.0], [0.0, 0.0, 0.7]]).double()
+
+    def course(step: int) -> Tensor:
+        start = torch.ones(3, dtype=torch.float64)
+        return (basis @ (torch.linalg.matrix_power(turn, step) @ start)).float()
+
+    predictor = make_predictor("dmd", {"num_iterates": 10}, window=10)
+    model.put(course(0))
+    begin(predictor, model)
+    follow(predictor, model, course, 10)
+    expected = course(27) - course(10)
+    found = vector_of(predictor.propose(17))
+    assert float((found - expected).norm() / expected.norm()) < 1e-2
+
+
+def test_a_mode_that_grows_is_held_at_its_last_size() -> None:
+    """Its eigenvalue is put on the unit circle: the last step, many times."""
+    model, way = Point(), torch.linspace(-1, 1, 10)
+    predictor = make_predictor("dmd", {"num_iterates": 4, "rank": 1}, window=4)
+    begin(predictor, model)
+    follow(predictor, model, lambda step: way * 2.0**step, 4)
+    last = way * (2.0**4 - 2.0**3)
+    torch.testing.assert_close(
+        vector_of(predictor.propose(5)), 5 * last, rtol=1e-3, atol=1e-3
+    )
+
+
+def test_modes_of_weights_that_stand_still_are_none() -> None:
+    """No division by the nothing that happened."""
+    model = Point()
+    predictor = make_predictor("dmd", {}, window=20)
+    begin(predictor, model)
+    follow(predictor, model, lambda _: torch.ones(10) * 0, 20)
+    assert float(vector_of(predictor.propose(9)).abs().max()) == 0.0
+
+
+def test_moments_in_8_bits_are_no_numbers_to_hold() -> None:
+    """Codes would be taken for a direction; the remedy is named."""
+    torch.manual_seed(0)
+    model = Point(5000)  # smaller ones stay in fp32
+    optimizer = AdamW(model.parameters(), lr=0.1, settings=SweepSettings(states="8bit"))
+    predictor = make_predictor("adam_hold", {}, window=1)
+    begin(predictor, model, optimizer)
+    (model.a.sum() + model.b.sum()).backward()
+    optimizer.step()
+    with pytest.raises(PredictionError, match="codes of 8 bits; take window_line"):
+        predictor.propose(3)

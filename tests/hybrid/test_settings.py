@@ -27,6 +27,8 @@ OFF_DEFAULT: dict[str, Any] = {
     "divergence_threshold": 9.0,
     "mixed_precision_config": MixedPrecisionConfig.aggressive(),
     "observe_formats": True,
+    "phase_length": "arms",
+    "predict_states": "disk",
 }
 
 

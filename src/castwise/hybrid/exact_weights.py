@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from castwise.errors import SettingsError
+from castwise.hybrid.resting_states import RestingStates
 from castwise.optim.holding import HeldWeights
 from castwise.training.random_state import (
     capture_random_states,
@@ -39,13 +40,20 @@ class ExactWeights:
     Args:
         run: A prepared model and optimizer.
         held: The weight storage in force under the optimizer (default: the run's).
+        resting: Where moments may be that a snapshot is to hold (default: they stay).
 
     Raises:
         SettingsError: The optimizer holds weights that the model does not name.
     """
 
-    def __init__(self, run: Run, held: HeldWeights | None = None) -> None:
+    def __init__(
+        self,
+        run: Run,
+        held: HeldWeights | None = None,
+        resting: RestingStates | None = None,
+    ) -> None:
         self._run, self._held = run, held or run.held
+        self._resting = resting or RestingStates(run.optimizer, "stay")
         named: dict[Tensor, str] = {
             parameter: name for name, parameter in run.model.named_parameters()
         }
@@ -121,24 +129,29 @@ class ExactWeights:
     @torch.no_grad()
     def restore(self, snapshot: Snapshot) -> None:
         """Put everything back that the snapshot holds, bit by bit."""
+        self._resting.wake()
         for name, weight in self._weights.items():
             weight.copy_(snapshot["weights"][name])
         for name, buffer in self._run.model.named_buffers():
             if name in snapshot["buffers"]:
                 buffer.copy_(snapshot["buffers"][name])
         if snapshot["moments"] is not None:
-            self._restore_moments(snapshot["moments"])
+            self._restore_moments(self._resting.filled(snapshot["moments"]))
         if snapshot["scale"] is not None:
             self._run.loss_scale.load_state_dict(snapshot["scale"])
         restore_random_states(snapshot["random"])
+
+    def portable(self, snapshot: Snapshot) -> Snapshot:
+        """Return a snapshot that holds all of its tensors itself, for a checkpoint."""
+        return {**snapshot, "moments": self._resting.filled(snapshot["moments"])}
 
     def _moments(self) -> Any:
         """Copy what the optimizer keeps; its rates are the schedule's, not ours."""
         optimizer = self._run.optimizer
         if self._held is not None:
-            return _copied(optimizer.state_dict()["state"])
+            return self._resting.marked(optimizer.state_dict()["state"])
         return {
-            name: _copied(dict(optimizer.state[weight]))
+            name: self._resting.marked(dict(optimizer.state[weight]))
             for name, weight in self._weights.items()
             if weight in optimizer.state
         }

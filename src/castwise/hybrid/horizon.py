@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
+from castwise.hybrid.phase_length import PhaseLength
+
 _PATIENCE = 3
 _LONGEST_COOLING = 1 << 20
 
@@ -27,7 +29,7 @@ class _State:
 
 
 @final
-class Horizon:
+class Horizon(PhaseLength):
     """The number of steps that the next proposal is worth.
 
     Args:
@@ -55,14 +57,20 @@ class Horizon:
         """Cool down by one step."""
         self._state.cooling = max(0, self._state.cooling - 1)
 
-    def accepted(self) -> None:
+    def decline(self) -> str:
+        """Decline nothing: refusals cool it down."""
+        return ""
+
+    def accepted(self, *, credited: float, paid: float) -> None:
         """Go further next time, and forget what was refused."""
+        del credited, paid
         self._state.length = min(float(self._most), 1.5 * self._state.length)
         self._state.refused_in_a_row = 0
         self._state.next_cooling = self._full_steps
 
-    def refused(self) -> None:
+    def refused(self, *, paid: float) -> None:
         """Go less far, and after three in a row pause."""
+        del paid
         self.shorten()
         self._state.refused_in_a_row += 1
         if self._state.refused_in_a_row >= _PATIENCE:

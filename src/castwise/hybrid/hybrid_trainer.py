@@ -19,31 +19,38 @@ the run is the plain optimizer's.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from castwise.checkpoints.contradictions import refuse_contradictions
 from castwise.errors import PredictionError, SettingsError
+from castwise.hybrid.agreement import agreement_of
+from castwise.hybrid.arms import Arms
 from castwise.hybrid.divergence import NORMAL, Alarm, DivergenceMonitor
 from castwise.hybrid.exact_weights import ExactWeights
 from castwise.hybrid.horizon import Horizon
 from castwise.hybrid.pace import Pace
+from castwise.hybrid.phase_length import PhaseLength
+from castwise.hybrid.phase_meter import PhaseMeter
 from castwise.hybrid.phase_statistics import PhaseCount, PhaseStatistics
 from castwise.hybrid.phases import Evidence, Phase, PhaseMachine, Transition
 from castwise.hybrid.predict_phase import PredictPhase
 from castwise.hybrid.prediction import Prediction
 from castwise.hybrid.predictor import Predictor, check_proposal
 from castwise.hybrid.residuals import Residuals
+from castwise.hybrid.resting_states import RestingStates
 from castwise.hybrid.settings import HybridSettings
-from castwise.hybrid.verification import LossFunction, Verdict
+from castwise.hybrid.verification import LossFunction, Verdict, evaluation_mode
 from castwise.loss_scale import LossScale
-from castwise.numerics.census import observe
+from castwise.memory.monitor import MemoryMonitor
 from castwise.optim.holding import HeldWeights
 from castwise.policy import Policy
+from castwise.training.averages import Averages, NoAverages
 from castwise.training.step import Run, Skipped, Stepped, prepare
 
 
@@ -87,6 +94,7 @@ class HybridTrainer:
         loss_scale: Default: what the policy's formats need.
         device: Where the model is moved to. Default: where it is.
         fallback: The format to use instead of one that the device cannot do.
+        monitor: Measures the memory of each phase. Default: it is not measured.
 
     Raises:
         UnsupportedFormatError: The device cannot do the format of a phase.
@@ -107,6 +115,7 @@ class HybridTrainer:
         loss_scale: LossScale | None = None,
         device: str | torch.device | None = None,
         fallback: str | None = None,
+        monitor: MemoryMonitor | None = None,
     ) -> None:
         self.settings = settings or HybridSettings()
         asked = policy or self.settings.mixed_precision_config.policy()
@@ -120,31 +129,42 @@ class HybridTrainer:
             phase=Phase.WARMUP.value,
             fallback=fallback,
         )
-        self.statistics = PhaseStatistics()
         self.residuals = Residuals()
         self.predictor = predictor or self.settings.make_predictor()
         self.transitions: list[Transition] = []
+        self.averages: Averages = NoAverages()
+        """Takes in the weights after each real step that stands; put yours here."""
+        self.meter = PhaseMeter(
+            self.run,
+            asked,
+            observe_formats=self.settings.observe_formats,
+            monitor=monitor,
+        )
         self._loss = loss
-        self._weights = ExactWeights(self.run, held)
+        self._agreement = agreement_of(model)
+        self._resting = RestingStates(optimizer, self.settings.predict_states)
+        self._weights = ExactWeights(self.run, held, self._resting)
         self._machine = PhaseMachine(self.settings.phase_lengths())
         self._monitor = DivergenceMonitor(threshold=self.settings.divergence_threshold)
         self._pace = Pace(self.settings.full_steps)
-        self._horizon = Horizon(
-            least=self.settings.min_predict_steps,
-            most=self.settings.max_predict_steps,
-            full_steps=self.settings.full_steps,
-        )
+        self._lengths = _phase_length(self.settings)
         self._predict_phase = PredictPhase(
             run=self.run,
             weights=self._weights,
             loss=loss,
             settings=self.settings,
             count=self.statistics.phases[Phase.PREDICT.value],
+            agreement=self._agreement,
         )
         self._prediction: Prediction | None = None
-        self._foreseen: float | None = None  # the back-test, as a forecast
+        self.confidence: float | None = None
+        """The last back-test, which is a forecast of the next; none before there is."""
         self.predictor.begin(self._weights)
-        self._record_formats(asked)
+
+    @property
+    def statistics(self) -> PhaseStatistics:
+        """What every phase has cost, and what became of the predictions."""
+        return self.meter.statistics
 
     @property
     def phase(self) -> str:
@@ -159,7 +179,7 @@ class HybridTrainer:
     @property
     def horizon(self) -> int:
         """How many steps the next proposal will be worth."""
-        return self._horizon.length
+        return self._lengths.length
 
     def step(self, *batches: Any) -> HybridStep:
         """Do what the phase does with a batch.
@@ -173,19 +193,30 @@ class HybridTrainer:
         """
         if not batches:
             raise SettingsError("a step needs a batch; call step(batch)")
-        count = self.statistics.phases[self.phase]
-        started = time.perf_counter()
-        self._switch_to(self.phase)
-        if self._machine.phase is Phase.PREDICT:
-            work: Callable[[Sequence[Any]], HybridStep] = self._predict
-        else:
-            work = self._train
-        done = self._observed(work, batches, count)
-        count.steps += 1
-        count.seconds += time.perf_counter() - started
+        self.meter.enter(self.phase)
+        predicts = self._machine.phase is Phase.PREDICT
+        work = self._predict if predicts else self._train
+        with self.meter.counted() as count:
+            done = self.meter.watched(lambda: work(batches, count), count)
         if done.transition is not None:
             self.transitions.append(done.transition)
+            self.meter.enter(self.phase)
         return done
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Hold the averages in the model, in eval mode and the precision of full."""
+        phase, self.run.phase = self.run.phase, Phase.FULL.value
+        model = self.run.model
+        try:
+            with (
+                self.averages.in_place_of_weights(),
+                evaluation_mode(model),
+                self.run.inference(),
+            ):
+                yield
+        finally:
+            self.run.phase = phase
 
     def inference(self) -> Any:
         """Run forward without gradients in the precision of the phase."""
@@ -196,26 +227,28 @@ class HybridTrainer:
         self.run.remove()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint must hold beside the model and the optimizer."""
+        """Return what a checkpoint must hold beside model, optimizer and averages."""
         pending = self._prediction
         return {
             "settings": self.settings.to_dict() | {"predictor": self.predictor.name},
             "machine": self._machine.state_dict(),
             "predictor": self.predictor.state_dict(),
-            "prediction": None if pending is None else pending.state_dict(),
-            "horizon": self._horizon.state_dict(),
+            "prediction": None
+            if pending is None
+            else pending.state_dict(self._weights),
+            "lengths": self._lengths.state_dict(),
             "monitor": self._monitor.state_dict(),
             "pace": self._pace.state_dict(),
             "residuals": self.residuals.state_dict(),
             "statistics": self.statistics.to_dict(),
-            "foreseen": self._foreseen,
+            "confidence": self.confidence,
             "run": self.run.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state_dict` was taken, in the middle of any phase.
 
-        Load the model and the optimizer before.
+        Load model, optimizer and averages before.
 
         Raises:
             ContradictionError: It was taken under other settings; all are named.
@@ -234,50 +267,62 @@ class HybridTrainer:
         self.predictor.load_state_dict(state["predictor"])
         pending = state["prediction"]
         self._prediction = None if pending is None else Prediction.from_state(pending)
-        self._horizon.load_state_dict(state["horizon"])
+        self._lengths.load_state_dict(state["lengths"])
         self._monitor.load_state_dict(state["monitor"])
         self._pace.load_state_dict(state["pace"])
         self.residuals.load_state_dict(state["residuals"])
-        self.statistics = PhaseStatistics.from_dict(state["statistics"])
+        self.meter.statistics = PhaseStatistics.from_dict(state["statistics"])
+        self.meter.note_formats()
         self._predict_phase.count = self.statistics.phases[Phase.PREDICT.value]
-        self._foreseen = state["foreseen"]
+        self.confidence = state["confidence"]
 
     # Real steps: warmup, full, correct.
 
-    def _train(self, batches: Sequence[Any]) -> HybridStep:
-        phase = self._machine.phase
-        with self.run.step() as step:
-            for batch in batches:
-                loss = self._loss(self.run.model, batch)
-                loss = loss.mean() if loss.dim() else loss
-                step.backward(loss / len(batches) if len(batches) > 1 else loss)
+    def _train(self, batches: Sequence[Any], count: PhaseCount) -> HybridStep:
+        """Update by the mean gradient of the batches."""
+        phase = self._machine.phase.value
+        losses = (self._share_of_loss(batch, len(batches)) for batch in batches)
+        with self.run.step(
+            again=lambda: (self._share_of_loss(each, len(batches)) for each in batches)
+        ) as step:
+            for loss in losses:
+                step.backward(loss)
         outcome = step.outcome
-        count = self.statistics.phases[phase.value]
         count.forwards += len(batches)
         count.backwards += len(batches)
+        count.scale = self.run.loss_scale.scale
         alarm = self._after_update(outcome, count)
         transition = self._ask(alarm)
         return HybridStep(
-            phase=phase.value,
+            phase=phase,
             loss=outcome.loss,
             outcome=outcome,
             verdict=None,
             transition=transition,
-            confidence=self._foreseen,
+            confidence=self.confidence,
         )
+
+    def _share_of_loss(self, batch: Any, num_batches: int) -> Tensor:
+        """Return what a batch adds to the loss of a step."""
+        loss = self._loss(self.run.model, batch)
+        loss = loss.mean() if loss.dim() else loss
+        return loss / num_batches if num_batches > 1 else loss
 
     def _after_update(self, outcome: Stepped | Skipped, count: PhaseCount) -> Alarm:
         """Let everybody who watches real steps see this one."""
-        self._horizon.count_real_step()
+        self._lengths.count_real_step()
         if isinstance(outcome, Skipped):
             count.skips += 1
             return NORMAL  # the weights stand still, and the loss scale sees to it
         self.predictor.observe()
-        self._pace.observe(outcome.loss)
-        alarm = self._monitor.observe(outcome.loss, outcome.gradient_norm)
+        loss = self._agreement.mean(outcome.loss)
+        self._pace.observe(loss)
+        alarm = self._monitor.observe(loss, outcome.gradient_norm)
         if alarm.level == "caution":
-            self._horizon.shorten()
-        if self._prediction is not None:
+            self._lengths.shorten()
+        if self._prediction is None:
+            self.averages.update()
+        else:  # on trial; the averages take in what stands
             self._prediction.num_corrected += 1
         return alarm
 
@@ -286,15 +331,17 @@ class HybridTrainer:
         ended = self.predictor.window_ended
         if ended:
             self._calibrate(self.predictor.confidence())
-        transition = self._machine.advance(
-            Evidence(
-                window_ended=ended,
-                confidence=self._foreseen,
-                cooling=self._horizon.cooling,
-                alarm=alarm.level == "warning",
-                because=alarm.because,
-            )
+        evidence = Evidence(
+            window_ended=ended,
+            confidence=self.confidence,
+            cooling=self._lengths.cooling,
+            alarm=alarm.level == "warning",
+            because=alarm.because,
         )
+        if self._machine.would_predict(evidence):
+            evidence = replace(evidence, declined=self._lengths.decline())
+            self.statistics.declined += bool(evidence.declined)
+        transition = self._machine.advance(evidence)
         if transition is not None and transition.source == Phase.CORRECT:
             self._end_trial(take_back=alarm.level == "warning")
         to_predict = transition is not None and transition.target == Phase.PREDICT
@@ -304,10 +351,12 @@ class HybridTrainer:
 
     def _calibrate(self, cosine: float | None) -> None:
         """Compare the last window's forecast with what came, and forecast again."""
-        if self._foreseen is not None and cosine is not None:
+        if cosine is not None:
+            cosine = self._agreement.mean(cosine)
+        if self.confidence is not None and cosine is not None:
             self.statistics.calibration_count += 1
-            self.statistics.calibration_sum += abs(self._foreseen - cosine)
-        self._foreseen = cosine
+            self.statistics.calibration_sum += abs(self.confidence - cosine)
+        self.confidence = cosine
 
     def _end_trial(self, *, take_back: bool) -> None:
         """Learn from the corrective steps, or go back to before the jump."""
@@ -319,17 +368,22 @@ class HybridTrainer:
                 prediction.promised_update(), prediction.real_update(self._weights)
             )
         if take_back and self.settings.late_rollback:
-            self._take_back(prediction)
+            self._take_back(prediction, lost=prediction.num_corrected)
             self.statistics.late_rollbacks += 1
             self.predictor.settle("moved")
-            self._foreseen = None
+            self.confidence = None
             self._pace.reset()
+        elif prediction.num_corrected:
+            self.averages.update()
+        self._resting.forget()
 
     # Predictions.
 
-    def _predict(self, batches: Sequence[Any]) -> HybridStep:
+    def _predict(self, batches: Sequence[Any], count: PhaseCount) -> HybridStep:
+        del count  # the phase counts its forwards itself
         prediction = self._prediction or self._propose()
         self._prediction = prediction
+        self._rest()
         try:
             finding = self._predict_phase.carry_on(
                 prediction, batches, ceiling=self._monitor.ceiling
@@ -339,7 +393,7 @@ class HybridTrainer:
             self._prediction = None  # the next step proposes again
             raise
         if finding.evidence.prediction == "refused":
-            self._take_back(prediction)
+            self._take_back(prediction, lost=0)
             self.statistics.refusals += 1
             self.predictor.settle("refused")
         elif finding.evidence.prediction == "accepted":
@@ -355,12 +409,14 @@ class HybridTrainer:
 
     def _propose(self) -> Prediction:
         """Ask the predictor, and keep what brings the run back."""
-        horizon = self._horizon.length
+        horizon = self._lengths.length
         proposal = self.predictor.propose(horizon)
         parameters = self._weights.parameters()
         check_proposal(proposal, parameters, predictor=self.predictor.name)
         self.statistics.tries += 1
         trial = self.settings.correct_steps > 0 and self.settings.late_rollback
+        if self._resting.is_on:
+            self._timed_rest(self._resting.store)
         snapshot = self._weights.snapshot(moments=trial)
         return Prediction(
             horizon=horizon,
@@ -368,58 +424,52 @@ class HybridTrainer:
             promise=proposal,
             delta=self.residuals.scaled(proposal),
             snapshot=snapshot,
-            confidence=self._foreseen,
+            confidence=self.confidence,
         )
+
+    def _rest(self) -> None:
+        """Free the moments, unless a checkpoint woke them in the middle of a phase."""
+        if self._resting.is_on and not self._resting.num_bytes:
+            self._timed_rest(self._resting.release)
+            self.statistics.resting_bytes = self._resting.num_bytes
+
+    def _timed_rest(self, work: Callable[[], None]) -> None:
+        started = time.perf_counter()
+        work()
+        self.statistics.resting_seconds += time.perf_counter() - started
 
     def _land(self, prediction: Prediction, verdict: Verdict | None) -> None:
         """Stay, and put the landing on trial while corrective steps run."""
-        self._horizon.accepted()
+        self.meter.end_phase()
+        self._timed_rest(self._resting.wake)
         self.statistics.accepts += 1
         self.statistics.virtual_steps += prediction.horizon
+        worth = 0.0
         if verdict is not None:
             worth = self._pace.worth(verdict.before - verdict.after)
             self.statistics.credited_steps += worth
+        self._lengths.accepted(credited=worth, paid=prediction.paid)
         self.predictor.settle("landed")
-        self._foreseen = None
+        self.confidence = None
         self._pace.reset()
         if self.settings.correct_steps == 0:
             self._prediction = None
+            self._resting.forget()
 
-    def _take_back(self, prediction: Prediction) -> None:
+    def _take_back(self, prediction: Prediction, *, lost: int) -> None:
         """Return to before the prediction, bit by bit."""
+        self.meter.end_phase()
         self._weights.restore(prediction.snapshot)
         self._prediction = None
-        self._horizon.refused()
+        self._lengths.refused(paid=prediction.paid + lost)
+        self._resting.forget()
 
-    # Precision by phase.
 
-    def _switch_to(self, phase: str) -> None:
-        """Put the precision of a phase into force, and count it if it was another."""
-        if self.run.phase == phase:
-            return
-        count = self.statistics.phases[phase]
-        started = time.perf_counter()
-        self.run.phase = phase
-        count.switch_seconds += time.perf_counter() - started
-        count.switches += 1
-
-    def _record_formats(self, asked: Policy) -> None:
-        """Note the format of every phase, asked for and in force."""
-        effective = self.run.precision.effective
-        for phase, count in self.statistics.phases.items():
-            count.asked = asked.base_precision(phase=phase).compute or ""
-            count.effective = effective.base_precision(phase=phase).compute or ""
-
-    def _observed(
-        self,
-        work: Callable[[Sequence[Any]], HybridStep],
-        batches: Sequence[Any],
-        count: PhaseCount,
-    ) -> HybridStep:
-        """Run a step, watched if it is the first of its phase and that is asked for."""
-        if not self.settings.observe_formats or count.steps:
-            return work(batches)
-        done: list[HybridStep] = []
-        census = observe(lambda: done.append(work(batches)))
-        count.product_formats = census.product_shares()
-        return done[0]
+def _phase_length(settings: HybridSettings) -> PhaseLength:
+    """Return what decides how far to predict."""
+    kind = Arms if settings.phase_length == "arms" else Horizon
+    return kind(
+        least=settings.min_predict_steps,
+        most=settings.max_predict_steps,
+        full_steps=settings.full_steps,
+    )

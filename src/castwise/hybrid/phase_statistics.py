@@ -48,6 +48,15 @@ class PhaseCount:
     product_formats: dict[str, float] = field(default_factory=dict)
     """Format -> share of the flops of matrix products, as observed."""
 
+    peak_bytes: int = 0
+    """Highest memory of the device within the phase; 0 if it was not measured."""
+
+    held_bytes: int = 0
+    """Most that was held when the phase ended; 0 if it was not measured."""
+
+    scale: float = 1.0
+    """The loss scale after its last step."""
+
 
 @dataclass(kw_only=True, slots=True)
 class PhaseStatistics:
@@ -75,6 +84,15 @@ class PhaseStatistics:
 
     credited_steps: float = 0.0
     """Real steps that would have brought the same fall of the loss."""
+
+    declined: int = 0
+    """Times that the gate was open, and not to predict the better choice."""
+
+    resting_bytes: int = 0
+    """Bytes of optimizer states that were away in the last predict phase."""
+
+    resting_seconds: float = 0.0
+    """Time that it took to put them away and to bring them back."""
 
     calibration_count: int = 0
     """Windows whose back-test was followed by another, without a jump between."""

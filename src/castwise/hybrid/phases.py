@@ -86,6 +86,9 @@ class Evidence:
     cooling: int = 0
     """Real steps for which nothing is to be predicted."""
 
+    declined: str = ""
+    """Why not to predict is the better choice; empty if it is not."""
+
     prediction: PredictionState = "none"
     """Where the prediction of this phase stands."""
 
@@ -140,7 +143,7 @@ class _View:
                 f"confidence {seen.confidence:.2f} is below "
                 f"{lengths.confidence_threshold:g}"
             )
-        return None
+        return seen.declined or None
 
     def opens(self) -> bool:
         return self.evidence.window_ended and self.gate() is None
@@ -256,22 +259,35 @@ class PhaseMachine:
         self.full_length = lengths.full_steps
         """Steps of the present full phase; longer after an alarm."""
 
+    def would_predict(self, evidence: Evidence) -> bool:
+        """Say whether the step that `advance` is to count would begin a prediction."""
+        row = self._row_of(evidence, self.steps_in_phase + 1)
+        return row is not None and row.target is Phase.PREDICT
+
+    def _row_of(self, evidence: Evidence, num_steps: int) -> Row | None:
+        view = self._view(evidence, num_steps)
+        rows = (row for row in TABLE if row.source is self.phase and row.holds(view))
+        return next(rows, None)
+
+    def _view(self, evidence: Evidence, num_steps: int) -> _View:
+        return _View(
+            lengths=self._lengths,
+            evidence=evidence,
+            num_steps=num_steps,
+            full_length=self.full_length,
+            num_consecutive=self.num_consecutive,
+        )
+
     def advance(self, evidence: Evidence) -> Transition | None:
         """Count one step of the phase, and change phase if a row holds."""
         self.num_steps += 1
         self.steps_in_phase += 1
-        view = _View(
-            lengths=self._lengths,
-            evidence=evidence,
-            num_steps=self.steps_in_phase,
-            full_length=self.full_length,
-            num_consecutive=self.num_consecutive,
-        )
-        for row in TABLE:
-            if row.source is self.phase and row.holds(view):
-                longer = evidence.alarm and row.target is Phase.FULL
-                return self.go(row.target, row.because(view), times=1 + longer)
-        return None
+        row = self._row_of(evidence, self.steps_in_phase)
+        if row is None:
+            return None
+        view = self._view(evidence, self.steps_in_phase)
+        longer = evidence.alarm and row.target is Phase.FULL
+        return self.go(row.target, row.because(view), times=1 + longer)
 
     def go(self, target: Phase, because: str, *, times: int = 1) -> Transition:
         """Change phase.

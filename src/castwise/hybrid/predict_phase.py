@@ -13,6 +13,7 @@ from typing import Any, final
 
 from torch import Tensor
 
+from castwise.hybrid.agreement import Agreement
 from castwise.hybrid.exact_weights import ExactWeights
 from castwise.hybrid.phase_statistics import PhaseCount
 from castwise.hybrid.phases import Evidence, Phase
@@ -24,6 +25,9 @@ from castwise.training.random_state import (
     restore_random_states,
 )
 from castwise.training.step import Run
+
+FORWARD_SHARE = 1 / 3
+"""Of a step by a gradient: a backward costs two forwards."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +54,7 @@ class PredictPhase:
         loss: Called with the model and a batch.
         settings: Mode and verification.
         count: Where forward passes are counted.
+        agreement: Other processes of the run, which have to decide the same.
     """
 
     def __init__(
@@ -60,14 +65,25 @@ class PredictPhase:
         loss: LossFunction,
         settings: HybridSettings,
         count: PhaseCount,
+        agreement: Agreement,
     ) -> None:
         self._run, self._weights, self._loss = run, weights, loss
-        self._settings, self.count = settings, count
+        self._settings, self.count, self._agreement = settings, count, agreement
 
     def carry_on(
         self, prediction: Prediction, batches: Sequence[Any], *, ceiling: float
     ) -> Finding:
         """Do one batch's part; the caller settles what was accepted or refused."""
+        forwards = self.count.forwards
+        try:
+            return self._carried_on(prediction, batches, ceiling=ceiling)
+        finally:
+            done = (self.count.forwards - forwards) / len(batches)
+            prediction.paid += done * FORWARD_SHARE
+
+    def _carried_on(
+        self, prediction: Prediction, batches: Sequence[Any], *, ceiling: float
+    ) -> Finding:
         prediction.num_done += 1
         if self._settings.mode == "stepwise":
             prediction.move(self._weights, prediction.num_done / prediction.horizon)
@@ -111,12 +127,20 @@ class PredictPhase:
         finally:
             restore_random_states(random)
         fmt = self._run.precision.compute
-        return judge(before, after, z=self._settings.verification_z, fmt=fmt)
+        return judge(
+            before,
+            after,
+            z=self._settings.verification_z,
+            fmt=fmt,
+            agreement=self._agreement,
+        )
 
     def _loss_here(self, batches: Sequence[Any]) -> float:
         random = capture_random_states()
         try:
-            return float(self._losses(batches).mean())
+            losses = self._losses(batches)
+            total, num = self._agreement.sums([float(losses.sum()), losses.numel()])
+            return total / num
         finally:
             restore_random_states(random)
 

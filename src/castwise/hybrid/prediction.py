@@ -45,6 +45,9 @@ class Prediction:
     confidence: float | None = None
     """What the predictor said when it was asked."""
 
+    paid: float = 0.0
+    """What verification has cost so far, in real steps."""
+
     @torch.no_grad()
     def move(self, weights: ExactWeights, share: float) -> None:
         """Put the weights at a share of the way: 0 where they were, 1 at its end."""
@@ -70,9 +73,10 @@ class Prediction:
         """Return what was promised for each step."""
         return {name: delta / self.horizon for name, delta in self.promise.items()}
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, weights: ExactWeights) -> dict[str, Any]:
         """Return all of it, as plain data and tensors."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {**fields, "snapshot": weights.portable(self.snapshot)}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Prediction:

@@ -24,12 +24,16 @@ from castwise.hybrid.phase_precision import MixedPrecisionConfig
 from castwise.hybrid.phases import PhaseLengths
 from castwise.hybrid.predictor import Predictor
 from castwise.hybrid.predictors import make_predictor
+from castwise.hybrid.resting_states import Place
 
 Mode = Literal["jump", "stepwise"]
 """Predict all at once, or batch by batch with a forward each."""
 
 Verification = Literal["paired", "none"]
 """Two forwards on a fresh batch, or nothing."""
+
+LengthRule = Literal["rule", "arms"]
+"""Longer after a landing and shorter after a refusal, or a bandit over lengths."""
 
 _LEAST = {
     "warmup_steps": 1,
@@ -86,6 +90,12 @@ class HybridSettings:
 
     divergence_threshold: float = 8.0
     """Evidence at which the monitor becomes cautious; twice that is an alarm."""
+
+    phase_length: LengthRule = "rule"
+    """What decides how far to predict; `arms` knows the arm of not predicting."""
+
+    predict_states: Place = "stay"
+    """Where optimizer states are in predict: on the `host`, on `disk`, or as ever."""
 
     mixed_precision_config: MixedPrecisionConfig = field(
         default_factory=MixedPrecisionConfig.default
@@ -222,7 +232,12 @@ class HybridSettings:
                 )
 
     def _check_kinds(self) -> None:
-        for name, allowed in (("mode", Mode), ("verification", Verification)):
+        for name, allowed in (
+            ("mode", Mode),
+            ("verification", Verification),
+            ("phase_length", LengthRule),
+            ("predict_states", Place),
+        ):
             if getattr(self, name) not in get_args(allowed):
                 raise SettingsError(
                     f"{name} needs {' or '.join(get_args(allowed))}, got "
@@ -299,6 +314,14 @@ class HybridSettingsBuilder:
     def divergence_threshold(self, evidence: float) -> Self:
         """Set where the divergence monitor becomes cautious."""
         return self._with(divergence_threshold=evidence)
+
+    def phase_length(self, rule: LengthRule) -> Self:
+        """Choose what decides how far to predict."""
+        return self._with(phase_length=rule)
+
+    def predict_states(self, place: Place) -> Self:
+        """Choose where optimizer states are in predict."""
+        return self._with(predict_states=place)
 
     def mixed_precision_config(self, config: MixedPrecisionConfig) -> Self:
         """Set the formats of the phases."""

@@ -21,6 +21,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from castwise.hybrid.agreement import Agreement, Alone
+
 LossFunction: TypeAlias = Callable[[nn.Module, Any], Tensor]
 """Model and batch to a loss: one number, or one for each sample."""
 
@@ -64,7 +66,14 @@ class Verdict:
         return abs(self.after - self.before) <= LOW_FORMAT_ERROR
 
 
-def judge(before: Tensor, after: Tensor, *, z: float, fmt: str) -> Verdict:
+def judge(
+    before: Tensor,
+    after: Tensor,
+    *,
+    z: float,
+    fmt: str,
+    agreement: Agreement | None = None,
+) -> Verdict:
     """Compare paired losses.
 
     Args:
@@ -72,16 +81,21 @@ def judge(before: Tensor, after: Tensor, *, z: float, fmt: str) -> Verdict:
         after: fp64 [N], losses of the same samples at the landing point.
         z: How many standard errors the loss has to fall by.
         fmt: The format of the forwards, for the record.
+        agreement: Other processes, whose samples count too. Default: none.
     """
     difference = after - before
-    error = 0.0
-    if difference.numel() > 1:
-        error = float(difference.std() / math.sqrt(difference.numel()))
-    mean = float(difference.mean())
+    told = (before.sum(), after.sum(), difference.sum(), difference.square().sum())
+    num, *sums = (agreement or Alone()).sums(
+        [float(difference.numel()), *(float(each) for each in told)]
+    )
+    mean, error = sums[2] / num, 0.0
+    if num > 1:
+        variance = max(0.0, sums[3] - num * mean * mean) / (num - 1)
+        error = math.sqrt(variance / num)
     return Verdict(
         accepted=math.isfinite(mean) and mean + z * error < 0,
-        before=float(before.mean()),
-        after=float(after.mean()),
+        before=sums[0] / num,
+        after=sums[1] / num,
         error=error if math.isfinite(error) else 0.0,
         format=fmt,
     )

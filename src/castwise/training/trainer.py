@@ -41,6 +41,7 @@ from castwise.training.random_state import (
 from castwise.training.schedule import WarmupStableDecay
 from castwise.training.sentinel import RolledBack, Sentinel
 from castwise.training.step import Run, Skipped, Stepped
+from castwise.training.stepping import Stepping
 
 MIB = 2**20
 
@@ -87,6 +88,9 @@ class BatchLoss:
 
     num_units: int
     """How many units (cells, tokens) the batch holds, for the rate on the display."""
+
+    samples: Tensor | None = None
+    """Loss of each sample, if the task tells: then a comparison knows its noise."""
 
 
 class Task(ABC):
@@ -182,6 +186,8 @@ class Trainer:
         facts: Plain data stored in each checkpoint (settings, versions, formats).
         score: Name of the evaluation measure that ranks checkpoints, larger is better.
         sentinel: Takes bad steps back and promotes modules; none for plain steps.
+        stepping: Makes the steps, and keeps the averages, in a way of its own; none
+            for plain steps.
     """
 
     def __init__(
@@ -199,9 +205,16 @@ class Trainer:
         facts: Mapping[str, Any],
         score: str | None = None,
         sentinel: Sentinel | None = None,
+        stepping: Stepping | None = None,
     ) -> None:
+        if sentinel is not None and stepping is not None:
+            raise SettingsError(
+                "a sentinel repeats steps that a stepping of another kind makes once; "
+                "give the trainer one of them"
+            )
         self._run = run
         self._sentinel = sentinel
+        self._stepping = stepping
         self._task = task
         self._schedule = schedule
         self._averages = averages
@@ -231,6 +244,8 @@ class Trainer:
         self._task.load_state_dict(tree["task"])
         if self._sentinel is not None and "sentinel" in tree:
             self._sentinel.load_state_dict(tree["sentinel"])
+        if self._stepping is not None:
+            self._stepping.load_state_dict(tree["stepping"])
         restore_random_states(tree["random"])
         position = tree["position"]
         self._progress.step = position["step"]
@@ -278,11 +293,11 @@ class Trainer:
         for group, rate in zip(groups, self._initial_rates, strict=True):
             group["lr"] = rate * factor
         before = self._run.loss_scale.scale
-        make = self._plain_step if self._sentinel is None else self._guarded_step
-        loss, outcome = make(step)
+        loss, outcome = self._made(step)
         if isinstance(outcome, Stepped):
-            self._averages.update()
-        else:
+            if self._stepping is None:
+                self._averages.update()
+        elif outcome is not None:
             self._tell_skip(step, outcome)
         scale = self._run.loss_scale.scale
         if scale != before:
@@ -292,6 +307,22 @@ class Trainer:
         self._progress.step_seconds.append(time.perf_counter() - started)
         if self._due(self._settings.log_every):
             self._log(loss)
+
+    def _made(
+        self, step: int
+    ) -> tuple[BatchLoss, Stepped | Skipped | RolledBack | None]:
+        """Make a step in the way that this trainer was given."""
+        if self._stepping is None:
+            plain = self._sentinel is None
+            return self._plain_step(step) if plain else self._guarded_step(step)
+        made = self._stepping.step(self._task.batch(step))
+        for event in made.events:
+            self._journal.write(event.name, step + 1, event.values)
+            if event.note:
+                self._display.note(event.note)
+        if made.events:
+            self._display.update(step + 1, self._stepping.values())
+        return made.loss, made.outcome
 
     def _plain_step(self, step: int) -> tuple[BatchLoss, Stepped | Skipped]:
         open_step = self._run.step(again=lambda: self._task.loss(batch).value)
@@ -349,7 +380,7 @@ class Trainer:
         now = time.perf_counter()
         window = max(now - progress.window_started, 1e-9)
         recent = progress.step_seconds[-self._settings.log_every :]
-        values: dict[str, float] = {
+        values: dict[str, str | float] = {
             "loss": float(loss.value.detach()),
             **{name: float(value) for name, value in loss.measures.items()},
             f"{self._task.unit}_per_s": progress.num_units / window,
@@ -359,6 +390,7 @@ class Trainer:
             "skipped": float(progress.num_skipped),
             "memory_mib": self._monitor.now_bytes() / MIB,
             "memory_peak_mib": self._monitor.peak_bytes() / MIB,
+            **({} if self._stepping is None else self._stepping.values()),
         }
         progress.num_units = 0
         progress.window_started = now
@@ -369,6 +401,8 @@ class Trainer:
         """Evaluate with averaged weights; read memory for training and evaluation."""
         progress = self._progress
         train_peak = self._monitor.peak_bytes()
+        if self._stepping is not None:
+            train_peak = max(train_peak, self._stepping.peak_bytes())
         self._monitor.reset_peak()
         started = time.perf_counter()
         with self._averages.in_place_of_weights():
@@ -411,6 +445,11 @@ class Trainer:
                 {}
                 if self._sentinel is None
                 else {"sentinel": self._sentinel.state_dict()}
+            ),
+            **(
+                {}
+                if self._stepping is None
+                else {"stepping": self._stepping.state_dict()}
             ),
             "position": {
                 "step": progress.step,

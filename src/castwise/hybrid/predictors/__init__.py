@@ -5,8 +5,10 @@
     adam_hold.py          the optimizer's momentum, held
     outer_nesterov.py     Nesterov momentum on windows (SNOO)
     residual_minimum.py   the combination of iterates with the least residual (RNA)
+    dynamic_modes.py      the linear map of the iterates, run on (DMD)
 
-`windowed.py` is what the windowed ones share, `backtest.py` their confidence.
+`windowed.py` is what the windowed ones share, `iterates.py` those that combine several
+iterates, and `backtest.py` is their confidence.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from types import MappingProxyType
 from castwise.errors import SettingsError
 from castwise.hybrid.predictor import Predictor
 from castwise.hybrid.predictors.adam_hold import AdamHold as AdamHold
+from castwise.hybrid.predictors.dynamic_modes import DynamicModes as DynamicModes
 from castwise.hybrid.predictors.null import NullPredictor as NullPredictor
 from castwise.hybrid.predictors.outer_nesterov import OuterNesterov as OuterNesterov
 from castwise.hybrid.predictors.residual_minimum import (
@@ -33,6 +36,7 @@ PREDICTORS: Mapping[str, type[Predictor]] = MappingProxyType(
             AdamHold,
             OuterNesterov,
             ResidualMinimum,
+            DynamicModes,
             NullPredictor,
         )
     }

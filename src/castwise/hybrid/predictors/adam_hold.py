@@ -75,6 +75,11 @@ def _held_step(
             f"adam_hold needs an optimizer with momentum (Adam, AdamW, SGD), but it "
             f"keeps {', '.join(state) or 'nothing'} for {name!r}; take window_line"
         )
+    if not state["exp_avg"].is_floating_point():
+        raise PredictionError(
+            f"adam_hold reads moments as numbers, and those of {name!r} are codes of 8 "
+            "bits; take window_line, or an optimizer with fp32 states"
+        )
     count, (beta_1, beta_2) = float(state["step"]), group["betas"]
     mean: Tensor = state["exp_avg"].to(value.dtype) / (1.0 - beta_1**count)
     spread = (state["exp_avg_sq"].to(value.dtype) / (1.0 - beta_2**count)).sqrt_()

@@ -109,10 +109,18 @@ CHANGES = (
     "--sentinel", is_flag=True, help="Take bad steps back, and promote modules."
 )
 @click.option(
+    "--hybrid",
+    is_flag=False,
+    flag_value="default",
+    metavar="[NAME|FILE]",
+    help="Train in phases: default, conservative, aggressive, or a YAML file.",
+)
+@click.option(
     "--dry-run", is_flag=True, help="Show the memory that a step will hold; train not."
 )
 def train(**flags: Any) -> int:
     """Train a KenKen solver on puzzles that are made on the spot."""
+    from castwise.recipes.hybrid_choice import HybridChoice
     from castwise.recipes.kenken import recipe
     from castwise.recipes.optimizer_choice import OptimizerChoice
     from castwise.recipes.precision_choice import PrecisionChoice
@@ -151,6 +159,7 @@ def train(**flags: Any) -> int:
         changes=changes,
         choice=choice,
         optimizer=optimizer,
+        hybrid=HybridChoice(asked=flags["hybrid"]),
         place=recipe.Place(
             device=flags["device"],
             out=flags["out"],

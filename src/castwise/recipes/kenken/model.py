@@ -399,3 +399,26 @@ def completion_loss(
     )
     mean: Tensor = total / (wanted != _UNSCORED).sum().clamp(min=1)
     return mean
+
+
+def puzzle_losses(logits: Tensor, batch: PuzzleBatch) -> Tensor:
+    """Average the cross-entropy over hidden cells and the last loops, by puzzle.
+
+    Args:
+        logits: [R, B, L, n] of every loop.
+        batch: The puzzles, with their answers.
+
+    Returns:
+        [B], in nats per hidden cell; 0 for a puzzle that hides nothing.
+    """
+    logits = logits[-((len(logits) + 1) // 2) :]
+    wanted = batch.answers.masked_fill(~batch.hidden, _UNSCORED)
+    losses = functional.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]),
+        wanted.expand(logits.shape[:-1]).reshape(-1),
+        ignore_index=_UNSCORED,
+        reduction="none",
+    ).reshape(logits.shape[:-1])
+    num = len(logits) * batch.hidden.sum(-1).clamp(min=1)
+    by_puzzle: Tensor = losses.sum((0, 2)) / num
+    return by_puzzle

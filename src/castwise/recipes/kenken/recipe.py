@@ -23,11 +23,19 @@ from rich.console import Console
 import castwise
 from castwise.checkpoints import CheckpointShelf, refuse_contradictions
 from castwise.decision import Decision
-from castwise.errors import CheckpointError
+from castwise.errors import CheckpointError, SettingsError
+from castwise.hybrid import HybridSettings, HybridTrainer
+from castwise.hybrid.stepping import HybridStepping, TaskLoss
 from castwise.memory.monitor import MemoryMonitor
 from castwise.numerics.census import FormatCensus, observe
 from castwise.policy import Policy
 from castwise.recipes.device_choice import choose_device
+from castwise.recipes.hybrid_choice import (
+    HybridChoice,
+    joined_policy,
+    stored_settings,
+)
+from castwise.recipes.hybrid_story import SUMMARY, summary_of
 from castwise.recipes.kenken import closing
 from castwise.recipes.kenken.batches import PuzzleBatch
 from castwise.recipes.kenken.curricula import curriculum_of
@@ -55,6 +63,7 @@ from castwise.training.step import Run, prepare
 from castwise.training.trainer import Trainer, TrainerSettings
 
 DEFAULT_PRECISION = "bf16-mixed"
+HYBRID_PRECISION = "32-true"
 DEFAULT_OPTIMIZER = "torch"
 SIGNAL_CODES = {"SIGINT": 130, "SIGTERM": 143}
 
@@ -110,6 +119,9 @@ class Plan:
     asked_optimizer: str
     """The optimizer that was asked for; another than that in force is a fallback."""
 
+    hybrid: HybridSettings | None
+    """Phases to train in, or None for plain steps."""
+
     fallback: str | None
     """Format to use instead of one that the device cannot do."""
 
@@ -123,6 +135,7 @@ def train(
     changes: Mapping[str, Any],
     choice: PrecisionChoice,
     optimizer: OptimizerChoice,
+    hybrid: HybridChoice,
     place: Place,
 ) -> int:
     """Train, measure, report; return the exit code.
@@ -132,6 +145,7 @@ def train(
         changes: Settings given on the command line, by name.
         choice: The precision flags.
         optimizer: The optimizer flags.
+        hybrid: The hybrid flag.
         place: Where it happens.
 
     Raises:
@@ -142,7 +156,12 @@ def train(
     shelf = CheckpointShelf(
         folder=folder.checkpoints, kind=KIND, keep_last=place.keep_last
     )
-    plan = _plan(preset, changes, choice, optimizer, place, folder, shelf)
+    plan = _plan(preset, changes, choice, optimizer, hybrid, place, folder, shelf)
+    if plan.hybrid is not None and place.sentinel:
+        raise SettingsError(
+            "--sentinel repeats steps and --hybrid takes landings back by itself; keep "
+            "one of them."
+        )
     if place.num_threads is not None:
         torch.set_num_threads(place.num_threads)
     with ExitStack() as stack:
@@ -172,6 +191,8 @@ def train(
         )
         return SIGNAL_CODES[result.stopped_by]
     with built.averages.in_place_of_weights(), Journal(folder.path) as journal:
+        if built.hybrid is not None:
+            journal.write(SUMMARY, result.num_steps, summary_of(built.hybrid))
         closing.close(
             task=built.task,
             supply=supply,
@@ -190,6 +211,7 @@ def _plan(
     changes: Mapping[str, Any],
     choice: PrecisionChoice,
     optimizer: OptimizerChoice,
+    hybrid: HybridChoice,
     place: Place,
     folder: RunFolder,
     shelf: CheckpointShelf,
@@ -199,9 +221,17 @@ def _plan(
     if not folder.resuming:
         settings = settings_of(preset or "small", changes)
         curriculum_of(settings)  # refused before anything is made
+        policy = choice.policy(
+            otherwise=HYBRID_PRECISION if hybrid.is_given else DEFAULT_PRECISION
+        )
         return Plan(
             settings=settings,
-            policy=choice.policy(otherwise=DEFAULT_PRECISION),
+            policy=policy,
+            hybrid=hybrid.settings(
+                num_steps=settings.num_steps,
+                base=policy.value,
+                base_is_given=choice.is_given,
+            ),
             optimizer=optimizer.decide(otherwise=DEFAULT_OPTIMIZER),
             asked_optimizer=optimizer.name or DEFAULT_OPTIMIZER,
             device=device,
@@ -219,8 +249,10 @@ def _plan(
     settings = KenKenSettings.from_description(facts["settings"])
     where = found.value.path
     _refuse_other_flags(preset, changes, choice, optimizer, settings, facts, where)
+    hybrid.refuse_other(facts, num_steps=settings.num_steps, where=where)
     return Plan(
         settings=settings,
+        hybrid=stored_settings(facts),
         policy=Decision(
             Policy.parse(facts["policy"], where=str(where)),
             facts["asked_by"],
@@ -318,6 +350,9 @@ class Built:
     journal: Journal
     """Where every line of evidence goes."""
 
+    hybrid: HybridTrainer | None
+    """What makes the steps of a run in phases."""
+
 
 def _build(
     plan: Plan,
@@ -332,22 +367,43 @@ def _build(
     settings, device = plan.settings, plan.device.value
     seed_everything(settings.seed)
     model = KenKenModel(model_settings(settings.model)).to(device)
-    run = prepare(
-        model,
-        build_optimizer(
-            plan.optimizer.value,
-            decay_groups(model, settings.weight_decay),
-            lr=settings.learning_rate,
-            betas=settings.betas,
-        ),
-        plan.policy.value,
-        clip_norm=settings.clip_norm,
-        device=device,
-        fallback=plan.fallback,
+    optimizer = build_optimizer(
+        plan.optimizer.value,
+        decay_groups(model, settings.weight_decay),
+        lr=settings.learning_rate,
+        betas=settings.betas,
+    )
+    losses, hybrid = TaskLoss(), None
+    monitor = MemoryMonitor(device)
+    if plan.hybrid is not None:
+        hybrid = HybridTrainer(
+            model,
+            optimizer,
+            losses,
+            settings=plan.hybrid,
+            policy=joined_policy(plan.hybrid, plan.policy.value),
+            clip_norm=settings.clip_norm,
+            device=device,
+            fallback=plan.fallback,
+            monitor=monitor,
+        )
+    run = (
+        hybrid.run
+        if hybrid is not None
+        else prepare(
+            model,
+            optimizer,
+            plan.policy.value,
+            clip_norm=settings.clip_norm,
+            device=device,
+            fallback=plan.fallback,
+        )
     )
     averages: Averages = NoAverages()
     if settings.average_decay > 0.0:
-        averages = ExponentialAverage(model, decay=settings.average_decay)
+        averages = ExponentialAverage(
+            model, decay=settings.average_decay, held=run.held
+        )
     task = KenKenTask(
         run=run,
         model=model,
@@ -356,6 +412,8 @@ def _build(
         device=device,
         curriculum=curriculum_of(settings),
     )
+    if hybrid is not None:
+        losses.task, hybrid.averages = task, averages
     census = _census(run, task)
     facts = _facts(plan, supply, run, census)
     journal = stack.enter_context(Journal(folder.path))
@@ -383,6 +441,7 @@ def _build(
         facts=facts,
         score=SCORE,
         sentinel=Sentinel(run) if guarded else None,
+        stepping=None if hybrid is None else HybridStepping(hybrid, losses),
     )
     if plan.tree is not None:
         _tell_changes(plan.tree["facts"], facts, console)
@@ -394,6 +453,7 @@ def _build(
         facts=facts,
         run=run,
         journal=journal,
+        hybrid=hybrid,
     )
 
 
@@ -421,6 +481,7 @@ def _facts(
         "policy": plan.policy.value.to_yaml(),
         "asked_by": plan.policy.because,
         "fallback": plan.fallback,
+        "hybrid": None if plan.hybrid is None else plan.hybrid.to_dict(),
         "optimizer": {
             "asked": plan.asked_optimizer,
             "in_force": plan.optimizer.value,

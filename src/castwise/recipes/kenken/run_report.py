@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from castwise.numerics.census import FormatCensus
+from castwise.recipes.hybrid_story import hybrid_story
 from castwise.recipes.kenken.alphabets import parse_mode
 from castwise.recipes.kenken.curricula import curriculum_of
 from castwise.recipes.kenken.dataset import world_note
@@ -117,6 +118,7 @@ def build_report(evidence: Evidence) -> Report:
             Section(title="What it solves", blocks=_result_blocks(evidence)),
             Section(title="Precision", blocks=_precision_blocks(evidence)),
             Section(title="Training", blocks=_training_blocks(evidence)),
+            *hybrid_story(evidence.records),
             *watch_story(evidence.records),
             Section(title="Memory", blocks=_memory_blocks(evidence)),
             Section(title="Data", blocks=_data_blocks(evidence)),

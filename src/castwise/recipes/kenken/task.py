@@ -26,7 +26,11 @@ from castwise.recipes.kenken.curricula import (
 from castwise.recipes.kenken.decoding import predictor_of
 from castwise.recipes.kenken.evaluation import EvaluationSettings, evaluate
 from castwise.recipes.kenken.measures import Measures
-from castwise.recipes.kenken.model import KenKenModel, completion_loss
+from castwise.recipes.kenken.model import (
+    KenKenModel,
+    completion_loss,
+    puzzle_losses,
+)
 from castwise.recipes.kenken.puzzle_set import Kind, PuzzleSet
 from castwise.recipes.kenken.settings import KenKenSettings
 from castwise.recipes.kenken.supply import Supply
@@ -105,6 +109,7 @@ class KenKenTask(Task):
             value=completion_loss(logits, batch),
             measures={"accuracy": accuracy},
             num_units=batch.tokens.numel(),
+            samples=None if torch.is_grad_enabled() else puzzle_losses(logits, batch),
         )
 
     def evaluate(self, step: int) -> Mapping[str, float]:

@@ -1,0 +1,283 @@
+"""The benches by name, and the controls that have to come out.
+
+A control that fails says that the harness is not to be trusted: the exit code is 1.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from castwise.hybrid.bench.problems import Curve, Language, Minibatch, Problem, Softmax
+from castwise.hybrid.bench.race import Outcome, compare, ratio, run_one, table_of, tuned
+from castwise.hybrid.bench.regimes import (
+    FineTuning,
+    FullBatch,
+    LargeBatch,
+    LateTraining,
+    Physics,
+)
+from castwise.hybrid.bench.rivals import HYBRID, RIVALS, Point, bare, hybrid, plain
+from castwise.hybrid.bench.stacking import stacking as measure_stacking
+from castwise.hybrid.bench.stacking import table_of as table_of_stacking
+
+NOISY = tuple(each for each in RIVALS if each not in {"lbfgs", "rna", "dmd"})
+"""Methods for problems whose gradients are noisy."""
+
+WANTED_GAIN = 1.3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Control:
+    """One thing that has to come out."""
+
+    name: str
+    """What it is."""
+
+    value: float
+    """What came out."""
+
+    least: float = -math.inf
+    """What it has to reach."""
+
+    most: float = math.inf
+    """What it must not pass."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether it came out."""
+        return self.least <= self.value <= self.most
+
+    def __str__(self) -> str:
+        wanted = (
+            f"at most {self.most:g}"
+            if self.most < math.inf
+            else f"at least {self.least:g}"
+        )
+        word = "holds" if self.holds else "FAILS"
+        return f"control: {self.name} is {self.value:.3g}, {wanted}: {word}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """What a bench found."""
+
+    record: Mapping[str, Any]
+    """Every run."""
+
+    text: str
+    """For a person."""
+
+    controls: Sequence[Control] = ()
+    """What had to come out."""
+
+
+def softmax(seeds: int) -> Finding:
+    """Positive control: noise-free and convex, so that a prediction has to pay."""
+    methods = [each for each in RIVALS if each != "arms"]
+    found = compare(Softmax, methods, seeds)
+    return Finding(
+        record=found,
+        text=table_of(found),
+        controls=(
+            Control(
+                name="rna over plain, backward passes",
+                value=ratio(found, "rna", "backwards"),
+                most=0.65,
+            ),
+            Control(
+                name="window_line over plain, backward passes",
+                value=ratio(found, "window_line", "backwards"),
+                most=0.75,
+            ),
+            Control(
+                name="null over plain, time",
+                value=ratio(found, "null", "seconds"),
+                least=1.2,
+            ),
+        ),
+    )
+
+
+def minibatch(seeds: int) -> Finding:
+    """The noise of small batches; null has to lose."""
+    found = compare(Minibatch, NOISY, seeds)
+    control = Control(
+        name="null over plain, time", value=ratio(found, "null", "seconds"), least=1.2
+    )
+    return Finding(record=found, text=table_of(found), controls=(control,))
+
+
+def language(seeds: int) -> Finding:
+    """Negative control: a char transformer at its tuned rate jumps hardly ever."""
+    gate = hybrid(replace(HYBRID, confidence_threshold=0.4, warmup_steps=100))
+    mounts = {"plain": plain, "gate 0.4": gate}
+    point = tuned(Language, "plain")[0]
+    runs: dict[str, list[Outcome]] = {name: [] for name in mounts}
+    for seed in range(seeds):
+        for name, mount in mounts.items():
+            outcome = run_one(Language(seed), name, point, whole=False, mount=mount)
+            runs[name].append(outcome)
+    finals = {name: [each.final for each in runs[name]] for name in runs}
+    rise = statistics.mean(finals["gate 0.4"]) - statistics.mean(finals["plain"])
+    found = {
+        name: {
+            "point": asdict(point),
+            "edge": False,
+            "runs": [asdict(each) for each in runs[name]],
+        }
+        for name in runs
+    }
+    return Finding(
+        record=found,
+        text=table_of(found),
+        controls=(
+            Control(
+                name="accepted jumps in 1,500 steps",
+                value=max(each.accepts for each in runs["gate 0.4"]),
+                most=5,
+            ),
+            Control(
+                name="rise of the final loss in deviations of plain",
+                value=rise / statistics.stdev(finals["plain"]),
+                most=2.0,
+            ),
+        ),
+    )
+
+
+def shut(seeds: int) -> Finding:
+    """What a gate that never opens costs over a raw loop, and over `run.step`."""
+    mounts = {
+        "bare": bare,
+        "plain": plain,
+        "shut": hybrid(replace(HYBRID, confidence_threshold=0.9999999)),
+    }
+    ratios: dict[str, list[float]] = {"bare": [], "plain": []}
+    for seed in range(seeds):
+        middle = _interleaved(seed, mounts)
+        for name, values in ratios.items():
+            values.append(middle["shut"] / middle[name])
+    text = "; ".join(
+        f"over {name} x{statistics.median(values):.3f} "
+        f"[{min(values):.3f} {max(values):.3f}]"
+        for name, values in ratios.items()
+    )
+    control = Control(
+        name="shut gate over a raw loop, time",
+        value=statistics.median(ratios["bare"]),
+        most=1.05,
+    )
+    return Finding(record=ratios, text=text, controls=(control,))
+
+
+def _interleaved(seed: int, mounts: Mapping[str, Any]) -> dict[str, float]:
+    """Median times of blocks of 20 steps, taken in turns, one window in each."""
+    problems = {name: Language(seed) for name in mounts}
+    riders = {
+        name: mount(problems[name], Point(rate=2e-3)) for name, mount in mounts.items()
+    }
+    blocks: dict[str, list[float]] = {name: [] for name in mounts}
+    for first in range(0, 600, 20):
+        for name, rider in riders.items():
+            batches = [problems[name].batch(first + step) for step in range(20)]
+            started = time.thread_time()
+            for batch in batches:
+                rider.step(batch)
+            blocks[name].append(time.thread_time() - started)
+    return {name: statistics.median(times[1:]) for name, times in blocks.items()}
+
+
+def stacking(seeds: int) -> Finding:
+    """Memory of all savings together, against vanilla fp32."""
+    del seeds  # bytes do not depend on one
+    found = measure_stacking()
+    return Finding(record=found, text=table_of_stacking(found))
+
+
+def _race(kind: type[Problem], methods: Sequence[str]) -> Callable[[int], Finding]:
+    def run(seeds: int) -> Finding:
+        found = compare(kind, methods, seeds)
+        return Finding(
+            record=found, text=f"{table_of(found)}\n{_conclusion(found, methods)}"
+        )
+
+    run.__doc__ = kind.__doc__
+    return run
+
+
+def _conclusion(found: Mapping[str, Any], methods: Sequence[str]) -> str:
+    """Say whether any prediction gained 1.3 times over the best other loop."""
+    predictors = [m for m in methods if m in PREDICTIONS]
+    others = [m for m in methods if m in ("plain", "bare")]
+    medians = {
+        m: statistics.median(run["seconds"] for run in found[m]["runs"])
+        for m in (*predictors, *others)
+    }
+    best, loop = (min(group, key=medians.__getitem__) for group in (predictors, others))
+    gain = medians[loop] / medians[best] if medians[best] < math.inf else 0.0
+    slowest = max(run["seconds"] for run in found[best]["runs"])
+    fastest = min(run["seconds"] for run in found[loop]["runs"])
+    apart = slowest < fastest
+    word = "a gain" if gain >= WANTED_GAIN and apart else "no gain"
+    return (
+        f"{word} of {WANTED_GAIN} times: {best} takes 1/{gain:.2f} of the time of "
+        f"{loop}, and the ranges over seeds {'lie apart' if apart else 'overlap'}"
+    )
+
+
+PREDICTIONS = ("window_line", "arms", "rna", "dmd", "adam_hold")
+"""Methods that predict; Lookahead and SNOO are outer optimizers."""
+
+BENCHES: Mapping[str, Callable[[int], Finding]] = MappingProxyType(
+    {
+        "softmax": softmax,
+        "minibatch": minibatch,
+        "language": language,
+        "shut": shut,
+        "curve": _race(Curve, [m for m in RIVALS if m != "null"]),
+        "full_batch": _race(FullBatch, tuple(RIVALS)),
+        "physics": _race(Physics, [m for m in RIVALS if m != "null"]),
+        "large_batch": _race(LargeBatch, NOISY),
+        "fine_tuning": _race(FineTuning, NOISY),
+        "late_training": _race(LateTraining, NOISY),
+        "stacking": stacking,
+    }
+)
+"""Every bench by its name."""
+
+
+def run_benches(
+    names: Sequence[str], *, seeds: int, out: Path | None, tell: Callable[[str], None]
+) -> bool:
+    """Run benches one after the other; return whether all controls held.
+
+    Args:
+        names: Of `BENCHES`.
+        seeds: Of each comparison.
+        out: Where every run is written as JSON, or none.
+        tell: What a person reads goes here.
+    """
+    torch.set_num_threads(1)
+    records, good = {}, True
+    for name in names:
+        bench = BENCHES[name]
+        tell(f"{name}: {bench.__doc__}")
+        found = bench(seeds)
+        tell(found.text)
+        for control in found.controls:
+            tell(str(control))
+            good = good and control.holds
+        records[name] = found.record
+        if out is not None:
+            out.write_text(json.dumps(records), encoding="utf-8")
+    return good
