@@ -1,7 +1,8 @@
 """Measure the search for a precision policy, beside three other ways to search.
 
     OMP_NUM_THREADS=1 python benchmarks/search.py planted --seeds 0 1 2
-    OMP_NUM_THREADS=1 python benchmarks/search.py exhaustive | heldout | router | time
+    ... planted_trained | planted_stream | exhaustive | exhaustive_stream | refined |
+        heldout | heldout_stream | router | time
 
 Rivals in the same run, with the same solver and the same trials behind them:
 
@@ -193,16 +194,19 @@ def trials_for(case: Case, budget: float, most: int = 10) -> Trials:
     return trials
 
 
-def planted_piece(seeds: list[int]) -> list[dict[str, Any]]:
+def planted_piece(
+    seeds: list[int], *, stream: str = "fp32", is_trained: bool = False
+) -> list[dict[str, Any]]:
     """Each way to search, on planted transformers, at five budgets."""
-    return [row for seed in seeds for row in planted_rows(seed)]
+    return [row for seed in seeds for row in planted_rows(seed, stream, is_trained)]
 
 
-def planted_rows(seed: int) -> Iterator[dict[str, Any]]:
+def planted_rows(seed: int, stream: str, is_trained: bool) -> Iterator[dict[str, Any]]:
     """Yield one row for each budget and method."""
-    model = large(seed)
+    model: nn.Module = large(seed, stream)
+    model = trained(model, 25) if is_trained else model
     with untouched(model, torch.device("cpu")):
-        case = Case(model, f"{type(model).__name__}-{seed}")
+        case = Case(model, f"large-{stream}-{'trained-' * is_trained}{seed}")
         units = [unit.fqn for unit in case.scores.units]
         planted = {at for at, fqn in enumerate(units) if ".planted" in fqn}
         squared = case.alone()
@@ -334,13 +338,13 @@ def _ends(num: int, count: int, forward: bool) -> Choice:
     )
 
 
-def exhaustive_piece(seeds: list[int]) -> list[dict[str, Any]]:
+def exhaustive_piece(seeds: list[int], *, stream: str = "fp32") -> list[dict[str, Any]]:
     """The search against every policy there is, on models of about ten units."""
     rows = []
     for seed in seeds:
-        model = Small(seed)
+        model = Small(seed, stream)
         with untouched(model, torch.device("cpu")):
-            case = Case(model, f"{type(model).__name__}-{seed}")
+            case = Case(model, f"small-{stream}-{seed}")
             num = len(case.scores.groups)
             problem = Problem(case.scores, Budget(gradient=1))
             table = {
@@ -348,6 +352,7 @@ def exhaustive_piece(seeds: list[int]) -> list[dict[str, Any]]:
                 for choice in itertools.product((0, 1), repeat=num)
             }
             alone = case.alone()
+            case.keep()
             errors = sorted(table.values())
             for quantile in (0.02, 0.1, 0.3, 0.6):
                 budget = errors[int(quantile * len(errors))] * 1.01 / MARGIN
@@ -369,7 +374,54 @@ def exhaustive_piece(seeds: list[int]) -> list[dict[str, Any]]:
     return rows
 
 
-def heldout_piece(seeds: list[int], *, router: bool = False) -> list[dict[str, Any]]:
+def refined_piece(seeds: list[int]) -> list[dict[str, Any]]:
+    """What stages and operators save beyond modules, on planted transformers.
+
+    Costs count what operators of the table cost in fp32 in all three ways, and are
+    shares of the model all in fp32.
+    """
+    rows = []
+    ways = {
+        "modules": (FORMATS, False),
+        "and stages": ((*FORMATS, "fp32/bf16"), False),
+        "and operators": ((*FORMATS, "fp32/bf16"), True),
+    }
+    for seed, factor in itertools.product(seeds, (0.6, 1.25, 3.0)):
+        case = Case(large(seed), f"large-fp32-{seed}")
+        fqns = [unit.fqn for unit in case.scores.units]
+        oracle = case.error_of(tuple(int(".planted" in fqn) for fqn in fqns))
+        row: dict[str, Any] = {"seed": seed, "factor": factor}
+        found = {
+            name: search(
+                large(seed),
+                batches(0, 1),
+                loss_fn,
+                Budget(gradient=factor * oracle / MARGIN),
+                formats=formats,
+                cost="bytes",
+                settings=SearchSettings(operators=operators),
+            )
+            for name, (formats, operators) in ways.items()
+        }
+        last = found["and operators"]
+        table = sum(u.costs["fp32"] for u in last.units if u.is_operator)
+        for name, each in found.items():
+            whole = each.cost if ways[name][1] else each.cost + table
+            row[name] = whole / each.cost_highest
+            row[f"{name} steps"] = each.scoring_steps
+            row[f"{name} usage"] = each.best.usage
+        row["staged"] = sum(u.chosen == "fp32/bf16" for u in last.units)
+        row["low operators"] = [
+            u.fqn for u in last.units if u.is_operator and u.chosen == "bf16"
+        ]
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    return rows
+
+
+def heldout_piece(
+    seeds: list[int], *, router: bool = False, stream: str = "fp32"
+) -> list[dict[str, Any]]:
     """Whether the budget is kept on batches that the search has not seen.
 
     A seed stands for a model, random (0, 1, 4, 5, ...) or trained (2, 3, 6, 7, ...),
@@ -381,7 +433,7 @@ def heldout_piece(seeds: list[int], *, router: bool = False) -> list[dict[str, A
         gradient *= 10 if router else 1
         torch.manual_seed(seed // 4)
         plant = NearTie(64) if router else LargeMean(64)
-        model: nn.Module = Transformer(64, 10, {5: plant})
+        model: nn.Module = Transformer(64, 10, {5: plant}, stream)
         model = trained(model, 25) if is_trained else model
         begin = time.process_time()
         found = search(
@@ -425,33 +477,44 @@ def used_by(
 
 
 def time_piece(seeds: list[int]) -> list[dict[str, Any]]:
-    """Policies by counted and by measured cost, and what a step takes under each."""
+    """Policies by counted and by measured cost, and what a step takes under each.
+
+    A seed stands for a size: 0 is so small that casts decide, at 1 products do.
+    """
     rows = []
     for seed in seeds:
         torch.manual_seed(seed)
-        model = Transformer(64, 4, {2: LargeMean(64)})
+        width, depth, size, length = ((64, 4, 8, 64), (256, 2, 8, 256))[seed]
+        model = Transformer(width, depth, {1: LargeMean(width)})
+        given = batches(seed, 2, size, length)
         policies = {"fp32": Policy(name="fp32", default=FP32)}
+        high: dict[str, list[str]] = {}
         for cost in ("flops", "time"):
             found = search(
                 model,
-                batches(seed, 2, size=8),
+                given,
                 loss_fn,
                 Budget(gradient=5e-2),
                 cost=cost,
                 settings=SearchSettings(max_trials=5),
             )
             policies[f"by {cost}"] = found.policy
+            high[f"high by {cost}"] = [
+                unit.fqn for unit in found.units if unit.chosen == "fp32"
+            ]
         low = CANDIDATES[0].precision
         policies["all bf16"] = Policy(name="low", default=low)
-        rows.append({"seed": seed, **step_times(model, policies)})
+        rows.append({"seed": seed, **step_times(model, given, policies), **high})
         print(json.dumps(rows[-1]), flush=True)
     return rows
 
 
-def step_times(model: nn.Module, policies: dict[str, Policy]) -> dict[str, float]:
+def step_times(
+    model: nn.Module, given: list[Any], policies: dict[str, Policy]
+) -> dict[str, float]:
     """Median CPU milliseconds of a step under each policy, in turns."""
     with untouched(model, torch.device("cpu")):
-        bench = Bench(model, batches(7, 1, size=8), loss_fn, reference="fp64", seed=0)
+        bench = Bench(model, given[:1], loss_fn, reference="fp64", seed=0)
         runs: dict[str, list[float]] = {name: [] for name in policies}
         for _ in range(9):
             for name, policy in policies.items():
@@ -465,8 +528,13 @@ def step_times(model: nn.Module, policies: dict[str, Policy]) -> dict[str, float
 
 PIECES: dict[str, Callable[[list[int]], list[dict[str, Any]]]] = {
     "planted": planted_piece,
+    "planted_trained": lambda seeds: planted_piece(seeds, is_trained=True),
+    "planted_stream": lambda seeds: planted_piece(seeds, stream="bf16"),
     "exhaustive": exhaustive_piece,
+    "exhaustive_stream": lambda seeds: exhaustive_piece(seeds, stream="bf16"),
+    "refined": refined_piece,
     "heldout": heldout_piece,
+    "heldout_stream": lambda seeds: heldout_piece(seeds, stream="bf16"),
     "router": lambda seeds: heldout_piece(seeds, router=True),
     "time": time_piece,
 }
@@ -474,7 +542,7 @@ PIECES: dict[str, Callable[[list[int]], list[dict[str, Any]]]] = {
 
 def summary(rows: list[dict[str, Any]]) -> None:
     """Print the planted piece as a table."""
-    print("method        steps  must-keep  share  1st over  p90 1st  planted  trials")
+    print("\nmethod        steps  must-keep  share  1st over  p90 1st  planted  trials")
     for name in dict.fromkeys(row["method"] for row in rows):
         own = [row for row in rows if row["method"] == name]
         near = [row for row in own if 1 < row["factor"] < 2]
@@ -489,6 +557,18 @@ def summary(rows: list[dict[str, Any]]) -> None:
             f"{sum(u > 1 for u in first) / len(first):8.0%} "
             f"{first[math.ceil(0.9 * len(first)) - 1]:8.2f} {precision:8.2f} "
             f"{statistics.mean(r['trials'] for r in own):7.1f}"
+        )
+
+
+def gaps(piece: str, rows: list[dict[str, Any]]) -> None:
+    """Print how far each way is above the optimum."""
+    print(f"\n{piece}: gap to the optimum in fp32 work")
+    for name in ("probes", "leave-one-in"):
+        found = [row[name] for row in rows]
+        print(
+            f"{name:13} mean {statistics.mean(found):.1%}  worst {max(found):.0%}  "
+            f"optimal {sum(gap < 1e-9 for gap in found)}/{len(found)}  trials "
+            f"{statistics.mean(row[f'{name} trials'] for row in rows):.1f}"
         )
 
 
@@ -518,8 +598,13 @@ def main() -> None:
         kept = results.setdefault(options.piece, [])
         kept[:] = [r for r in kept if r["seed"] not in options.seeds] + rows
         results.pop("summary", None)
-        if results.get("planted"):
-            summary(results["planted"])
+        for piece in ("planted", "planted_trained", "planted_stream"):
+            if results.get(piece):
+                print(f"\n{piece}", end="")
+                summary(results[piece])
+        for piece in ("exhaustive", "exhaustive_stream"):
+            if results.get(piece):
+                gaps(piece, results[piece])
 
 
 if __name__ == "__main__":

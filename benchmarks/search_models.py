@@ -159,9 +159,23 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Blocks between an embedding and a head."""
+    """Blocks between an embedding and a head.
 
-    def __init__(self, width: int, depth: int, plants: dict[int, nn.Module]) -> None:
+    Args:
+        width: Of the residual stream.
+        depth: How many blocks.
+        plants: Block -> what is planted in it.
+        stream: What the stream is held in when all runs in bf16. An embedding in fp32
+            keeps it in fp32; a layer behind it hands out bf16.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        depth: int,
+        plants: dict[int, nn.Module],
+        stream: str = "fp32",
+    ) -> None:
         super().__init__()
         self.embed = nn.Embedding(TOKENS, width)
         self.blocks = nn.ModuleList(
@@ -169,10 +183,11 @@ class Transformer(nn.Module):
         )
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, TOKENS)
+        self.into = nn.Linear(width, width) if stream == "bf16" else nn.Identity()
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Predict."""
-        x = self.embed(tokens)
+        x = self.into(self.embed(tokens))
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x))
@@ -183,12 +198,12 @@ def loss_fn(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return functional.cross_entropy(output.flatten(0, 1), target.flatten())
 
 
-def large(seed: int) -> Transformer:
+def large(seed: int, stream: str = "fp32") -> Transformer:
     """10 layers, d=64, the five plants in places that the seed decides."""
     torch.manual_seed(seed)
     places = torch.randperm(10)[: len(PLANTS)].tolist()
     plants = {at: plant(64) for at, plant in zip(places, PLANTS, strict=True)}
-    return Transformer(64, 10, plants)
+    return Transformer(64, 10, plants, stream)
 
 
 def trained(model: nn.Module, num_steps: int) -> nn.Module:
@@ -204,10 +219,11 @@ def trained(model: nn.Module, num_steps: int) -> nn.Module:
 
 
 class Small(nn.Module):
-    """About ten units, one or two of them planted."""
+    """About ten units, one or two of them planted; see `Transformer` for the stream."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, stream: str = "fp32") -> None:
         super().__init__()
+        self.stream = stream
         torch.manual_seed(seed)
         self.embed = nn.Embedding(TOKENS, 16)
         self.first = nn.Linear(16, 16)
@@ -219,7 +235,7 @@ class Small(nn.Module):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Predict."""
         x = self.embed(tokens)
-        x = x + self.first(x)
+        x = self.first(x) if self.stream == "bf16" else x + self.first(x)
         x = x + 0.3 * self.planted(x)
         return self.head(self.norm(x + self.mixer(x)))
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from castwise import cli
 from castwise.numerics.contract import contract
 from castwise.numerics.target import load_target
 from castwise.policy import Policy
 from castwise.report import read_report
+from command_line import Run
 
 TARGET = """
 import torch
@@ -50,21 +50,12 @@ def target(tmp_path: Path) -> str:
     return f"{path}:build"
 
 
-def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    """Run a command as a person does; return code, output and error."""
-    with pytest.raises(SystemExit) as left:
-        cli.main(arguments)
-    out, err = capsys.readouterr()
-    return int(left.value.code or 0), out, err
-
-
 def test_policy_report_and_record_are_written(
-    target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    target: str, tmp_path: Path, run: Run
 ) -> None:
     """The policy holds its contract; report and JSON tell the same story."""
     policy, page, record = (tmp_path / n for n in ("p.yaml", "r.html", "found.json"))
     code, out, err = run(
-        capsys,
         "search",
         target,
         "--budget",
@@ -94,22 +85,38 @@ def test_policy_report_and_record_are_written(
     assert "lift" in page.read_text()
 
 
-def test_search_resumes_from_its_record(
-    target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_search_resumes_from_its_record(target: str, tmp_path: Path, run: Run) -> None:
     """The second run takes no step at all, and writes the same policy."""
     record = tmp_path / "search.json"
 
     def once(name: str) -> str:
         arguments = ("search", target, "--budget", "gradient=5e-2", "--probes", "4")
         more = ("--resume", str(record), "--out", str(tmp_path / name))
-        code, out, _ = run(capsys, *arguments, *more)
+        code, out, _ = run(*arguments, *more)
         assert code == 0
         return out.replace("\n", " ")
 
     assert "0 steps for scores" not in once("one.yaml")
     assert "; 0 steps for scores, 0 for" in once("two.yaml")
     assert (tmp_path / "one.yaml").read_text() == (tmp_path / "two.yaml").read_text()
+
+
+def test_stages_and_operators_are_written_and_told(
+    target: str, tmp_path: Path, run: Run
+) -> None:
+    """A backward of its own and a norm that bears it reach policy, page and record."""
+    policy, page, record = (tmp_path / n for n in ("p.yaml", "r.html", "found.json"))
+    code, _, err = run(
+        *("search", target, "--budget", "gradient=5e-1", "--probes", "4"),
+        *("--formats", "bf16,fp32,fp32/bf16", "--operators"),
+        *("--out", str(policy), "--report", str(page), "--json", str(record)),
+    )
+    assert (code, err) == (0, "")
+    units = {unit["fqn"]: unit for unit in json.loads(record.read_text())["units"]}
+    assert units["operator layer_norm"]["is_operator"]
+    assert units["lift"]["chosen"] == "fp32/bf16"
+    assert "backward" in {rule.stage for rule in Policy.load(policy).rules}
+    assert "operator layer_norm" in page.read_text()
 
 
 @pytest.mark.parametrize(
@@ -124,13 +131,13 @@ def test_search_resumes_from_its_record(
 def test_mistakes_are_one_sentence(
     target: str,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    run: Run,
     flags: list[str],
     sentence: str,
 ) -> None:
     """Exit code 2, nothing written, and the remedy."""
     out = tmp_path / "p.yaml"
-    code, _, err = run(capsys, "search", target, "--out", str(out), *flags)
+    code, _, err = run("search", target, "--out", str(out), *flags)
     assert code == 2
     assert sentence in err
     assert err.count("\n") == 1

@@ -298,6 +298,32 @@ def test_pareto_curve_falls(found: Found) -> None:
     assert costs[-1] == pytest.approx(found.cost_lowest)
 
 
+def test_points_of_the_pareto_curve_are_run_where_that_is_asked_for(
+    found: Found,
+) -> None:
+    """What was measured stands beside what was predicted, for points that were run."""
+    from castwise.numerics.search.bench import Bench
+
+    settings = SearchSettings(num_probes=4, max_trials=5, num_points=4)
+    model, batches = build()
+    result = search(
+        model, batches, cross_entropy, Budget(gradient=1e-2), settings=settings
+    )
+    before, after = (
+        [point for point in each.pareto if point.measured is not None]
+        for each in (found, result)
+    )
+    assert len(after) == len(before) + 4
+    assert result.trials == found.trials
+    assert result.trial_steps == found.trial_steps + 4 * len(batches)
+    bench = Bench(model, batches, cross_entropy, reference="fp64", seed=0)
+    point = max(after, key=lambda each: each.num_high)
+    policy = result.policy_at(point)
+    errors = [bench.errors(policy, result.budget, scale=1.0, at=at) for at in range(2)]
+    worst = max(each["gradient"] for each in errors) / 1e-2
+    assert point.measured == pytest.approx(worst, rel=1e-3)
+
+
 def test_budget_that_nothing_meets_says_by_how_much_and_where() -> None:
     """The error of fp32 itself, its multiple of the budget, the worst module."""
     model, batches = build()
@@ -483,6 +509,7 @@ def test_router_that_nearly_ties_is_reported_and_held_high() -> None:
         model, batches, cross_entropy, Budget(gradient=10.0), settings=QUICK
     )
     assert result.unstable == {"planted": "topk", "planted.gate": "topk"}
+    assert len(result.best.errors) == 3  # tried on every batch, not the first alone
     formats = chosen(result)
     assert formats["planted.gate"] == formats["planted"] == "fp32"
     assert formats["planted.experts.0"] == "bf16"

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 _MOST_ROWS = 20
 
+FEW_BATCHES = 4
+"""Fewer do not tell how a model with unstable decisions behaves."""
+
 
 @click.command("search")
 @target_argument
@@ -37,7 +40,8 @@ _MOST_ROWS = 20
     "--formats",
     default="bf16,fp32",
     show_default=True,
-    help="What modules may run in, separated by commas.",
+    help="What modules may run in, separated by commas; fp32/bf16 is a forward in "
+    "fp32 with a backward in bf16.",
 )
 @click.option(
     "--cost",
@@ -63,7 +67,18 @@ _MOST_ROWS = 20
 @click.option(
     "--trials", default=10, show_default=True, help="How many policies are tried."
 )
+@click.option(
+    "--points",
+    default=0,
+    show_default=True,
+    help="How many points of the Pareto curve are run for real as well.",
+)
 @click.option("--seed", default=0, show_default=True, help="Of the probes.")
+@click.option(
+    "--operators",
+    is_flag=True,
+    help="Also search which norms, softmax and the like may run low everywhere.",
+)
 @click.option(
     "--reference",
     type=click.Choice(["fp64", "fp32"]),
@@ -82,7 +97,9 @@ def command(
     record: Path | None,
     probes: int,
     trials: int,
+    points: int,
     seed: int,
+    operators: bool,
     reference: str,
     report_path: Path | None,
     json_path: Path | None,
@@ -100,7 +117,12 @@ def command(
 
     asked = parse_budget(budget)
     settings = SearchSettings(
-        num_probes=probes, max_trials=trials, seed=seed, reference=reference
+        num_probes=probes,
+        max_trials=trials,
+        num_points=points,
+        seed=seed,
+        operators=operators,
+        reference=reference,
     )
     subject = load_target(target)
     console = Console()
@@ -129,7 +151,8 @@ def command(
     for fqn, op in found.unstable.items():
         console.print(
             f"  {fqn or 'the model itself'}: its {op} turns over under rounding noise; "
-            "held high, and no budget is sure to hold on other batches",
+            f"held high, and no budget is sure to hold on other batches than the "
+            f"{found.num_batches} given{_few(found)}",
             highlight=False,
             soft_wrap=True,
             markup=False,
@@ -202,6 +225,12 @@ def unit_table(found: Found) -> Table:
             f"{unit.costs[unit.chosen] / found.cost:.1%}" if found.cost else "",
         )
     return table
+
+
+def _few(found: Found) -> str:
+    """What to say of decisions that were tried on too few batches."""
+    few = found.num_batches < FEW_BATCHES
+    return f"; give {FEW_BATCHES} or more" if few else ""
 
 
 def _share(value: float) -> str:

@@ -34,14 +34,15 @@ _LONGEST_BAR = 2.0  # times the budget; longer ones would flatten all others
 
 def report_of(found: Found, target: str) -> Report:
     """Arrange what was found for a reader."""
-    high = [unit for unit in found.units if unit.chosen != found.scores.default]
+    modules = [unit for unit in found.units if not unit.is_operator]
+    high = [unit for unit in modules if unit.chosen != found.scores.default]
     saved = 1 - found.cost / found.cost_highest if found.cost_highest else 0.0
     return Report(
         title=f"Search: {target}",
         subtitle=f"{found.budget}, formats {', '.join(found.scores.candidates)}, "
         f"cost by {found.cost_model}",
         verdict=Verdict(
-            text=f"{len(found.units) - len(high)} of {len(found.units)} modules can "
+            text=f"{len(modules) - len(high)} of {len(modules)} modules can "
             f"run in {found.scores.default}; {len(high)} cannot.",
             mark="good",
             because=f"The policy was run on {found.num_batches} batches and used at "
@@ -90,7 +91,12 @@ def _tiles(found: Found, saved: float) -> tuple[Tile, ...]:
 def _policy_section(found: Found) -> Section:
     """The rules with their reasons, and what must be known about them."""
     rows: list[tuple[Cell, ...]] = [
-        (rule.module or "", str(rule.precision), rule.because)
+        (
+            rule.module or f"operator {rule.op}",
+            rule.stage or "",
+            rule.value,
+            rule.because,
+        )
         for rule in found.policy.rules
     ]
     notes: list[Note] = []
@@ -101,8 +107,9 @@ def _policy_section(found: Found) -> Section:
         notes.append(
             Note(
                 text=f"Decisions that turn over under rounding noise: {named}. These "
-                "modules are held high, and the error on other batches can jump "
-                "whatever the policy says; validate on many.",
+                "modules are held high, and the error on other batches than the "
+                f"{found.num_batches} that were tried can jump whatever the policy "
+                "says; validate on many.",
                 mark="warning",
             )
         )
@@ -118,6 +125,7 @@ def _policy_section(found: Found) -> Section:
         title=f"Rules over the default {found.policy.default}",
         columns=(
             Column(name="module", spelling="text"),
+            Column(name="stage", spelling="text"),
             Column(name="precision", spelling="text"),
             Column(name="because", spelling="text"),
         ),
@@ -150,6 +158,7 @@ def _pareto_section(found: Found) -> Section:
                 xs=tuple(100 * trial.cost / whole for trial in tried),
                 ys=tuple(trial.usage for trial in tried),
             ),
+            *_run_points(found, whole),
             Series(name="the budget", xs=ends, ys=(1.0, 1.0)),
         ),
         x_label=f"{found.cost_model}, percent of the most precise policy",
@@ -160,6 +169,24 @@ def _pareto_section(found: Found) -> Section:
         "had to suffice. Other budgets are solved from the same scores.",
     )
     return Section(title="Pareto curve", blocks=(curve, _trial_table(found)))
+
+
+def _run_points(found: Found, whole: float) -> tuple[Series, ...]:
+    """Points of the curve that were run, in the order of their costs."""
+    run = sorted(
+        (point.cost, point.measured)
+        for point in found.pareto
+        if point.measured is not None and math.isfinite(point.measured)
+    )
+    if not run:
+        return ()
+    return (
+        Series(
+            name="measured on the curve",
+            xs=tuple(100 * cost / whole for cost, _ in run),
+            ys=tuple(measured for _, measured in run),
+        ),
+    )
 
 
 def _trial_table(found: Found) -> DataTable:

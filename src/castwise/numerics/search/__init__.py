@@ -24,6 +24,7 @@ the ground upwards:
     solve.py           the knapsack
     assignment.py      a choice written as a policy
     found.py           what was found, with its evidence
+    belief.py          what trials taught about the choices not run yet
     trials.py          policies run for real, until the cheapest that holds is known
     policy_search.py   score, solve, try
 """

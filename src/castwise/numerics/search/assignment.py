@@ -67,11 +67,20 @@ def policy_of(
             if each == wanted[fqn] and _is_in(unit, first[fqn])
         )
         above = wanted[fqn.rpartition(".")[0]] if fqn else default
-        policy = policy.with_rule(
-            module=_key(fqn),
-            precision=_inside(wanted[fqn], above),
-            because=because(about),
-        )
+        own = wanted[fqn]
+        if own.backward is not None:
+            policy = policy.with_rule(
+                module=_key(fqn),
+                stage="backward",
+                precision=own.backward,
+                because=because(about),
+            )
+        if own.backward is None or own.precision != above.precision:
+            policy = policy.with_rule(
+                module=_key(fqn),
+                precision=_inside(own, above),
+                because=because(about),
+            )
     return policy
 
 
@@ -100,6 +109,8 @@ def _wanted(
             inside = {each for unit, each in chosen.items() if _is_in(unit, first)}
             above = wanted[fqn.rpartition(".")[0]] if fqn else default
             own = next(iter(inside)) if len(inside) == 1 and fqn else above
+            # a backward of its own was scored for each unit alone
+            own = above if inside and own.backward is not None else own
         wanted[fqn] = own
     return wanted
 

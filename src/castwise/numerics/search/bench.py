@@ -71,6 +71,9 @@ class Bench:
         self.reference = Policy(name="reference", default=Precision.parse(reference))
         self.num_steps, self.num_timings = 0, 0
         self.loss_scale = 1.0
+        """For backwards in fp16."""
+        self.scale_now = 1.0
+        """The loss scale that the policy in force wants."""
         self._wide = dtype_of(reference)
         self._seed = seed
         self._results: dict[int, Result] = {}
@@ -83,10 +86,12 @@ class Bench:
         applied: AppliedPolicy = apply_policy(
             self.model, policy.bind(self._facts), device
         )
+        self.scale_now = self.loss_scale if _wants_scale(policy) else 1.0
         try:
             yield Region.of(policy, "full", (applied,))
         finally:
             applied.remove()
+            self.scale_now = 1.0
 
     def step(self, region: Region, batch: Batch, *, scale: float = 1.0) -> Result:
         """Run forward and backward of a model that its policy is on.
@@ -151,9 +156,17 @@ class Bench:
     def errors(
         self, policy: Policy, budget: Budget, *, scale: float, at: int
     ) -> dict[str, float]:
-        """Measure a policy on one batch: kind of error -> error."""
+        """Measure a policy on one batch: kind of error -> error.
+
+        Args:
+            policy: What is put on the model.
+            budget: Says which measure of one's own is taken, too.
+            scale: The loss scale, where some backward of the policy wants one.
+            at: Which batch.
+        """
         wanted = self.reference_result(at)
         with self.under(policy) as region:
+            scale = scale if _wants_scale(policy) else 1.0
             got = self.step(region, self.batches[at], scale=scale)
         found = {
             "gradient": gradient_error(got.gradients, wanted.gradients),
@@ -181,6 +194,11 @@ class Bench:
                 f"run in it: {type(error).__name__}: {line}; make it accept {name}, or "
                 "take errors against reference='fp32'"
             ) from error
+
+
+def _wants_scale(policy: Policy) -> bool:
+    """Whether gradients would vanish without a loss scale, as they do in fp16."""
+    return policy.decide_loss_scale().value != "none"
 
 
 def gradient_error(

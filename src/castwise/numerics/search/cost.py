@@ -8,7 +8,9 @@
             At the end whole steps are compared with everything high and everything low
 
 All are for one forward and backward of the first batch. Only differences between
-candidates decide anything.
+candidates decide anything. A backward of its own runs the module once more, and that
+counts; what a module cannot be asked, such as a staged format where other modules are
+in it, has a cost that is never looked at.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from castwise.numerics.search.handovers import Handovers
 from castwise.numerics.search.isolation import isolated
 from castwise.numerics.search.reference_step import Call
 from castwise.numerics.search.unit_play import seconds_of
-from castwise.numerics.search.units import Unit
+from castwise.numerics.search.units import Unit, innermost
 from castwise.policy.rules import Policy
 
 CostModel = str | Callable[[Unit, str], float]
@@ -33,7 +35,6 @@ CostModel = str | Callable[[Unit, str], float]
 COST_MODELS = ("flops", "bytes", "time")
 """Cost models by name."""
 
-_FORWARD_AND_BACKWARD = 3  # a backward does twice the work of a forward
 _REPEATS = 5
 
 
@@ -46,22 +47,112 @@ def check_cost_model(cost: CostModel) -> None:
         )
 
 
-def unit_costs(
-    bench: Bench,
-    units: Sequence[Unit],
-    calls: dict[str, list[Call]],
-    candidates: Sequence[Candidate],
-    default: Candidate,
-    cost: CostModel,
-    handovers: Handovers,
-) -> dict[str, dict[str, float]]:
-    """Return unit -> candidate -> cost."""
-    if cost == "time":
-        return _times(bench, units, calls, candidates, default, handovers)
-    return {
-        unit.fqn: {each.name: _counted(unit, each, cost) for each in candidates}
-        for unit in units
-    }
+class Costs:
+    """Tells what units cost in each candidate.
+
+    Args:
+        bench: Where the model stands.
+        calls: What each module saw.
+        candidates: What is to be priced.
+        default: The policy's default.
+        handovers: In which formats units are given their inputs.
+    """
+
+    def __init__(
+        self,
+        bench: Bench,
+        calls: dict[str, list[Call]],
+        candidates: Sequence[Candidate],
+        default: Candidate,
+        handovers: Handovers,
+    ) -> None:
+        self._bench, self._calls = bench, calls
+        self._candidates, self._default = candidates, default
+        self._handovers = handovers
+
+    def of_units(
+        self, units: Sequence[Unit], cost: CostModel
+    ) -> dict[str, dict[str, float]]:
+        """Return unit -> candidate -> cost."""
+        if cost == "time":
+            return self._times(units)
+        return {
+            unit.fqn: {
+                each.name: _counted(unit, each, cost) for each in self._candidates
+            }
+            for unit in units
+        }
+
+    def of_operator(
+        self, unit: Unit, callers: Sequence[Unit], cost: CostModel
+    ) -> dict[str, float]:
+        """Return candidate -> cost of an operator, beyond what its callers cost.
+
+        Only the default puts it low; with all others it runs in fp32, which is dearer.
+        """
+        if callable(cost):
+            return {each.name: cost(unit, each.name) for each in self._candidates}
+        low = self._default
+        if cost == "time":
+            table = sum(self._seconds(callers, low).values())
+            more = table - sum(self._seconds(callers, low, unit.op).values())
+        else:
+            (fp32,) = parse_candidates(["fp32"])
+            more = _counted(unit, fp32, cost) - _counted(unit, low, cost)
+        return {
+            each.name: max(0.0, -more if each == low else more)
+            for each in self._candidates
+        }
+
+    def _times(self, units: Sequence[Unit]) -> dict[str, dict[str, float]]:
+        """Measure; modules in a unit run in fp32 meanwhile, and are taken off."""
+        (fp32,) = parse_candidates(["fp32"])
+        alone = innermost(units)
+        seconds = {
+            each.name: self._seconds(alone if each.backward else units, each)
+            for each in {
+                fp32.name: fp32,
+                **{c.name: c for c in self._candidates},
+            }.values()
+        }
+        whole = seconds[fp32.name]
+        own = {unit.fqn: max(0.0, _own(unit, units, whole)) for unit in units}
+        return {
+            fqn: {
+                each.name: max(
+                    0.0, own[fqn] + seconds[each.name].get(fqn, whole[fqn]) - whole[fqn]
+                )
+                for each in self._candidates
+            }
+            for fqn in own
+        }
+
+    def _seconds(
+        self, units: Sequence[Unit], candidate: Candidate, low_operator: str = ""
+    ) -> dict[str, float]:
+        bench = self._bench
+        bench.num_timings += _REPEATS + 1
+        is_default = candidate == self._default
+        found: dict[str, float] = {}
+        for unit, region, formats in isolated(
+            bench,
+            units,
+            candidate,
+            self._default,
+            self._handovers if is_default else Handovers(),
+            inside="fp32",
+            low_operator=low_operator,
+        ):
+            module = bench.model.get_submodule(unit.fqn)
+            runs = [
+                sum(
+                    seconds_of(bench, region, module, call, formats[at])
+                    for at, call in enumerate(self._calls[unit.fqn])
+                )
+                for _ in range(_REPEATS + 1)
+            ]
+            found[unit.fqn] = statistics.median(runs[1:])
+        return found
 
 
 def step_seconds(bench: Bench, policies: Sequence[Policy]) -> list[float]:
@@ -84,36 +175,9 @@ def _counted(unit: Unit, candidate: Candidate, cost: CostModel) -> float:
         return float(cost(unit, candidate.name))
     if cost == "flops":
         work = unit.num_flops + unit.num_elements
-        return _FORWARD_AND_BACKWARD * work * candidate.bits / 32
+        return work * candidate.work
     elements = unit.num_elements + unit.num_weights
-    return _FORWARD_AND_BACKWARD * elements * candidate.bits / 8
-
-
-def _times(
-    bench: Bench,
-    units: Sequence[Unit],
-    calls: dict[str, list[Call]],
-    candidates: Sequence[Candidate],
-    default: Candidate,
-    handovers: Handovers,
-) -> dict[str, dict[str, float]]:
-    """Measure; modules in a unit run in fp32 meanwhile, and their time is taken off."""
-    (fp32,) = parse_candidates(["fp32"])
-    seconds = {
-        each.name: _seconds(bench, units, calls, each, default, handovers)
-        for each in {fp32.name: fp32, **{c.name: c for c in candidates}}.values()
-    }
-    whole = seconds[fp32.name]
-    own = {unit.fqn: max(0.0, _own(unit, units, whole)) for unit in units}
-    return {
-        unit.fqn: {
-            each.name: max(
-                0.0, own[unit.fqn] + seconds[each.name][unit.fqn] - whole[unit.fqn]
-            )
-            for each in candidates
-        }
-        for unit in units
-    }
+    return 4 * elements * candidate.work
 
 
 def _own(unit: Unit, units: Sequence[Unit], whole: dict[str, float]) -> float:
@@ -126,33 +190,3 @@ def _own(unit: Unit, units: Sequence[Unit], whole: dict[str, float]) -> float:
         if not any(fqn.startswith(f"{other}.") for other in inside if other != fqn)
     ]
     return whole[unit.fqn] - sum(whole[fqn] for fqn in outermost)
-
-
-def _seconds(
-    bench: Bench,
-    units: Sequence[Unit],
-    calls: dict[str, list[Call]],
-    candidate: Candidate,
-    default: Candidate,
-    handovers: Handovers,
-) -> dict[str, float]:
-    bench.num_timings += _REPEATS + 1
-    found: dict[str, float] = {}
-    for unit, region, formats in isolated(
-        bench,
-        units,
-        candidate,
-        default,
-        handovers if candidate == default else Handovers(),
-        inside="fp32",
-    ):
-        module = bench.model.get_submodule(unit.fqn)
-        runs = [
-            sum(
-                seconds_of(bench, region, module, call, formats[at])
-                for at, call in enumerate(calls[unit.fqn])
-            )
-            for _ in range(_REPEATS + 1)
-        ]
-        found[unit.fqn] = statistics.median(runs[1:])
-    return found

@@ -19,6 +19,7 @@ from castwise.numerics.search.budget import Budget
 from castwise.numerics.search.candidates import Candidate, default_of, parse_candidates
 from castwise.numerics.search.scores import Scores
 from castwise.numerics.search.solve import solve
+from castwise.policy.precision import FP32
 from castwise.policy.rules import Policy
 
 Choice = tuple[int, ...]
@@ -63,6 +64,13 @@ class ParetoPoint:
     num_high: int
     """Units that run in more than 16 bits."""
 
+    choice: Choice
+    """What it is; `Found.policy_at` writes it as a policy."""
+
+    measured: float | None
+    """Measured use of the budget, the worst of the batches; none where it was not run,
+    infinite where it was not finite."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UnitFinding:
@@ -85,6 +93,9 @@ class UnitFinding:
 
     because: str
     """Why it is where it is."""
+
+    is_operator: bool = False
+    """Whether it is an operator, held in fp32 by the table unless it is put low."""
 
 
 class Problem:
@@ -121,9 +132,16 @@ class Problem:
             for at in range(len(self.scores.groups))
         ]
 
-    def solve(self, usage: float) -> Choice | None:
-        """The cheapest choice whose predicted use of the budget is at most `usage`."""
-        return solve(self.costs, self.loads, usage * usage - self.constant)
+    def solve(
+        self, usage: float, loads: Sequence[Sequence[float]] | None = None
+    ) -> Choice | None:
+        """The cheapest choice whose predicted use of the budget is at most `usage`.
+
+        Args:
+            usage: The share of the budget that may be used.
+            loads: What is believed now, instead of what was scored.
+        """
+        return solve(self.costs, loads or self.loads, usage * usage - self.constant)
 
     def predicted(self, choice: Choice) -> float:
         """The predicted use of the budget."""
@@ -133,6 +151,14 @@ class Problem:
     def cost(self, choice: Choice) -> float:
         """The cost of a choice."""
         return sum(self.costs[at][one] for at, one in enumerate(choice))
+
+    def highest_cost(self) -> float:
+        """The cost of all modules with the most digits; operators then cost nothing."""
+        return sum(
+            self.costs[at][one]
+            for at, one in enumerate(self.safest())
+            if not self.scores.units[self.scores.groups[at][0]].op
+        )
 
     def cheapest(self) -> Choice:
         """Every group in its cheapest candidate that can be taken."""
@@ -156,10 +182,22 @@ class Problem:
             for loads in self.loads
         )
 
+    def spread(self, choice: Choice) -> dict[str, Candidate]:
+        """Unit -> its candidate; an operator that nothing low calls stays as it is."""
+        units, default = self.scores.units, default_of(self.candidates)
+        chosen = chosen_by_unit(units, self.scores.groups, choice, self.candidates)
+        most = max(self.candidates, key=lambda each: each.digits)
+        idle = {
+            unit.fqn: most
+            for unit in units
+            if unit.op and all(chosen[caller] != default for caller in unit.names)
+        }
+        return chosen | idle
+
     def policy(self, choice: Choice, *, name: str = "searched") -> Policy:
         """Write a choice as a policy, with the reason of every rule."""
         scores = self.scores
-        chosen = chosen_by_unit(scores.units, scores.groups, choice, self.candidates)
+        chosen = self.spread(choice)
         default = default_of(self.candidates)
         used = self.unit_usage()
 
@@ -172,8 +210,18 @@ class Problem:
             fits = units and chosen[units[0]] == default
             return f"may stay low, {said}" if fits else said
 
-        low = any(each.compute == "fp16" for each in chosen.values())
-        found = policy_of(scores.tree, chosen, default, because=because, name=name)
+        low = any(
+            "fp16" in (each.compute, each.compute_backward) for each in chosen.values()
+        )
+        modules = {u.fqn: chosen[u.fqn] for u in scores.units if not u.op}
+        if {each.name for each in modules.values()} == {"fp32"}:
+            return Policy(name=name, default=FP32)
+        found = policy_of(scores.tree, modules, default, because=because, name=name)
+        for unit in scores.units:
+            if unit.op and chosen[unit.fqn] == default:
+                found = found.with_rule(
+                    op=unit.op, category="low", because=because((unit.fqn,))
+                )
         return found.with_loss_scale("dynamic") if low else found
 
     def _said(self, share: float, name: str) -> str:
@@ -264,6 +312,10 @@ class Found:
         """Units with a decision that turned over under rounding noise, and which."""
         return dict(self.scores.unstable)
 
+    def policy_at(self, point: ParetoPoint) -> Policy:
+        """Write a point of the Pareto curve as a policy."""
+        return Problem(self.scores, self.budget).policy(point.choice)
+
     def policy_for(self, budget: Budget) -> Policy:
         """Solve for another budget from the scores; nothing runs and is validated.
 
@@ -315,7 +367,8 @@ class Found:
 
     def summary(self) -> str:
         """One line for logs and reports."""
-        high = sum(each.chosen != self.scores.default for each in self.units)
+        modules = [each for each in self.units if not each.is_operator]
+        high = sum(each.chosen != self.scores.default for each in modules)
         saved = 1 - self.cost / self.cost_highest if self.cost_highest else 0.0
         worst = worst_errors(self.best.errors)
         errors = ", ".join(
@@ -323,7 +376,7 @@ class Found:
             for kind, limit in self.budget.limits.items()
         )
         return (
-            f"{errors} on {self.num_batches} batches; {high} of {len(self.units)} "
+            f"{errors} on {self.num_batches} batches; {high} of {len(modules)} "
             f"units not in {self.scores.default}, {saved:.1%} of {self.cost_model} "
             f"saved; {self.scoring_steps} steps for scores, {self.trial_steps} for "
             f"{len(self.trials)} trials"
@@ -337,6 +390,7 @@ def worst_errors(errors: Sequence[dict[str, float]]) -> dict[str, float]:
 
 def pareto_of(problem: Problem, trials: Sequence[Trial]) -> tuple[ParetoPoint, ...]:
     """Solve for many budgets, from the smallest error that can be had upwards."""
+    measured = {trial.choice: trial.usage for trial in trials}
     safest, cheapest = problem.safest(), problem.cheapest()
     low, high = problem.predicted(safest), problem.predicted(cheapest)
     ratios = [
@@ -354,6 +408,8 @@ def pareto_of(problem: Problem, trials: Sequence[Trial]) -> tuple[ParetoPoint, .
                     usage=factor * problem.predicted(choice),
                     cost=problem.cost(choice),
                     num_high=_num_high(problem, choice),
+                    choice=choice,
+                    measured=measured.get(choice),
                 )
             )
     return tuple(dict.fromkeys(points))
@@ -362,7 +418,7 @@ def pareto_of(problem: Problem, trials: Sequence[Trial]) -> tuple[ParetoPoint, .
 def findings_of(problem: Problem, choice: Choice) -> tuple[UnitFinding, ...]:
     """Say about every unit what was chosen, and why."""
     scores = problem.scores
-    chosen = chosen_by_unit(scores.units, scores.groups, choice, problem.candidates)
+    chosen = problem.spread(choice)
     used = problem.unit_usage()
     return tuple(
         UnitFinding(
@@ -372,6 +428,7 @@ def findings_of(problem: Problem, choice: Choice) -> tuple[UnitFinding, ...]:
             costs=dict(scores.costs[unit.fqn]),
             errors=used[unit.fqn],
             because=problem.forced(unit.fqn),
+            is_operator=bool(unit.op),
         )
         for unit in scores.units
     )
@@ -381,7 +438,7 @@ def _num_high(problem: Problem, choice: Choice) -> int:
     return sum(
         len(group)
         for group, one in zip(problem.scores.groups, choice, strict=True)
-        if problem.candidates[one].bits > 16
+        if problem.candidates[one].bits > 16 and not problem.scores.units[group[0]].op
     )
 
 

@@ -28,6 +28,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from castwise.dtypes import dtype_of
+from castwise.errors import IslandError
 from castwise.numerics.search.bench import Bench
 from castwise.numerics.search.candidates import Candidate
 from castwise.numerics.search.handovers import Handovers
@@ -41,7 +42,15 @@ from castwise.policy.rules import Policy
 from castwise.region import Region
 
 # what a module raises that depends on more than its inputs, or refuses a format
-_REFUSALS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+_REFUSALS = (
+    AttributeError,
+    IndexError,
+    IslandError,
+    KeyError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +66,11 @@ class Rounding:
     omegas: tuple[torch.Tensor | None, ...]
     """Of the gradients of weights, over all calls."""
 
+    def is_some(self) -> bool:
+        """Whether anything is changed at all."""
+        calls = (*self.deltas, *self.epsilons, self.omegas)
+        return any(t is not None and bool(t.any()) for call in calls for t in call)
+
 
 def play_all(
     bench: Bench,
@@ -65,6 +79,7 @@ def play_all(
     candidate: Candidate | None,
     default: Candidate,
     handovers: Handovers,
+    low_operator: str = "",
 ) -> Iterator[tuple[Unit, list[Played] | str]]:
     """Replay every unit alone, in one candidate or, with None, in the reference.
 
@@ -81,9 +96,12 @@ def play_all(
         candidate: What it runs in.
         default: What the policy's default will be.
         handovers: In which formats it is given its inputs, where they are known.
+        low_operator: An operator that runs low, whatever the operator table says.
     """
     bench.num_steps += 1
-    for unit, region, formats in isolated(bench, units, candidate, default, handovers):
+    for unit, region, formats in isolated(
+        bench, units, candidate, default, handovers, low_operator=low_operator
+    ):
         module = bench.model.get_submodule(unit.fqn)
         try:
             played = [
@@ -103,6 +121,7 @@ def isolated(
     default: Candidate,
     handovers: Handovers,
     inside: str | None = None,
+    low_operator: str = "",
 ) -> Iterator[tuple[Unit, Region, list[Formats]]]:
     """Put one unit after the other alone into a candidate.
 
@@ -115,13 +134,16 @@ def isolated(
         default: What the policy's default will be.
         handovers: In which formats it is given its inputs, where they are known.
         inside: What the modules in a unit compute in (default: the reference).
+        low_operator: An operator that runs low, whatever the operator table says.
     """
     wide = dtype_of(bench.reference.default.compute or "fp64")
     for depth in sorted({unit.depth for unit in units}):
         level = [unit for unit in units if unit.depth == depth]
         policy = bench.reference
         if candidate is not None:
-            isolation = _Isolation(bench, candidate, default, handovers, inside)
+            isolation = _Isolation(
+                bench, candidate, default, handovers, inside, low_operator
+            )
             policy = isolation.policy(level)
         brought = candidate is None or candidate.compute == "fp64"
         otherwise = wide if brought else torch.float32
@@ -190,10 +212,12 @@ class _Isolation:
         default: Candidate,
         handovers: Handovers,
         inside: str | None,
+        low_operator: str,
     ) -> None:
         self._model, self._handovers = bench.model, handovers
         self._candidate, self._default = candidate, default
         self._inside = inside or bench.reference.default.compute
+        self._low_operator = low_operator
 
     def policy(self, level: Sequence[Unit]) -> Policy:
         """The policy for units of one depth, none of which is in another."""
@@ -209,10 +233,18 @@ class _Isolation:
             )
             policy = policy.with_rule(module=any_of(names), precision=precision)
         names = [name for unit in level for name in unit.names]
+        if self._candidate.backward is not None:
+            policy = policy.with_rule(
+                module=any_of(names),
+                stage="backward",
+                precision=self._candidate.backward,
+            )
         if self._candidate.precision != self._default.precision:
             policy = policy.with_rule(
                 module=any_of(names), precision=self._candidate.precision
             )
+        if self._low_operator:
+            policy = policy.with_rule(op=self._low_operator, category="low")
         return policy
 
     def _handed_out(self, child: str) -> str:

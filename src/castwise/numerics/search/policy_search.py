@@ -35,7 +35,6 @@ from castwise.numerics.search.found import (
     Found,
     Problem,
     findings_of,
-    pareto_of,
     worst_errors,
 )
 from castwise.numerics.search.record_file import (
@@ -75,12 +74,21 @@ class SearchSettings:
     reference: str = "fp64"
     """The format that errors are taken against; `fp32` where a model refuses fp64."""
 
+    num_points: int = 0
+    """Points of the Pareto curve that are run for real, beside those that were tried;
+    each costs a step a batch."""
+
+    operators: bool = False
+    """Whether operators that the operator table holds in fp32, such as norms and
+    softmax, may run low where their modules do; each costs up to one step more."""
+
     def __post_init__(self) -> None:
         if not 0 < self.margin <= 1:
             raise SettingsError(f"margin is above 0 and at most 1, got {self.margin}")
-        for name in ("num_probes", "max_trials"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"{name} is at least 1, got {getattr(self, name)}")
+        for name, least in (("num_probes", 1), ("max_trials", 1), ("num_points", 0)):
+            got = getattr(self, name)
+            if got < least:
+                raise SettingsError(f"{name} is at least {least}, got {got}")
         if self.reference not in {"fp64", "fp32"}:
             raise SettingsError(
                 f"reference needs one of fp64, fp32, got {self.reference!r}"
@@ -112,8 +120,9 @@ def search(
             decisions, such as a router.
         loss_fn: From the model's output and the target to a scalar.
         budget: How wrong gradient, output, loss or a measure of your own may be.
-        formats: What modules may run in: fp64, fp32, tf32, fp16, bf16, or precisions
-            such as `c=fp32,o=bf16`.
+        formats: What modules may run in: fp64, fp32, tf32, fp16, bf16, precisions
+            such as `c=fp32,o=bf16`, or two of these for forward and backward, such as
+            `fp32/bf16`.
         cost: `flops`, `bytes`, `time` (measured here), or a function of a unit and a
             candidate.
         groups: What moves together: modules of one parent that are given the same
@@ -185,6 +194,7 @@ class _Search:
                 settings.seed,
                 settings.num_probes,
                 settings.reference,
+                settings.operators,
                 groups,
                 cost if isinstance(cost, str) else "own",
                 getattr(loss_fn, "__qualname__", type(loss_fn).__qualname__),
@@ -211,6 +221,7 @@ class _Search:
         best = self._trials.polished(problem, best)
         if self._cost == "time":
             best = self._trials.fastest(problem, best)
+        pareto = self._trials.along(problem, self._settings.num_points)
         steps = self._bench.num_steps - self._scoring_steps
         return Found(
             policy=problem.policy(best.choice),
@@ -219,11 +230,11 @@ class _Search:
             cost=best.cost,
             cost_model=self._cost if isinstance(self._cost, str) else "own cost",
             cost_lowest=problem.cost(problem.cheapest()),
-            cost_highest=problem.cost(problem.safest()),
+            cost_highest=problem.highest_cost(),
             trials=tuple(self._trials.done),
             best=best,
             floor=floor,
-            pareto=pareto_of(problem, self._trials.done),
+            pareto=pareto,
             units=findings_of(problem, best.choice),
             scores=scores,
             seed=self._settings.seed,
@@ -242,7 +253,7 @@ class _Search:
         scored = [
             each
             for each in self._candidates
-            if each.bits < 32
+            if each.least_bits < 32
             or near
             or each.precision.output not in {"fp32", "fp64"}
             or (each.compute == "fp32" and "fp64" in names and near)
@@ -267,6 +278,7 @@ class _Search:
                 grouping=self._groups,
                 cost=self._cost,
                 with_outputs=with_outputs,
+                operators=self._settings.operators,
             ),
             self._record,
             self._report,

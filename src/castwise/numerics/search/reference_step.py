@@ -11,7 +11,7 @@ trusted to hold on the next.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +23,7 @@ from castwise.numerics.operator_call import CAST, describe, floating, stage_now
 from castwise.numerics.search.bench import Bench, Result
 from castwise.numerics.search.structure import copied, floating_in
 from castwise.numerics.search.visits import Visitor, Visits
+from castwise.policy.ops import DEFAULT_TABLE
 
 DECISIONS = frozenset(
     {
@@ -71,6 +72,9 @@ class Work:
 
     num_elements: int = 0
     """Elements of floating tensors read and written."""
+
+    in_fp32: Counter[str] = field(default_factory=Counter)
+    """Of these, those of operators that the operator table holds in fp32."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -132,7 +136,10 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         ):
             work = self.work[module]
             work.num_flops += call.num_flops
-            work.num_elements += sum(t.numel() for t in (*given, *floating(result)))
+            count = sum(tensor.numel() for tensor in (*given, *floating(result)))
+            work.num_elements += count
+            if DEFAULT_TABLE.category(call.op) == "fp32":
+                work.in_fp32[call.op] += count
 
     def _maker(self, given: list[torch.Tensor], module: str) -> str:
         """The innermost module that made the numbers; own operators hand them on."""

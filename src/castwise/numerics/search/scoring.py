@@ -9,8 +9,9 @@ fp32 stands for all of them.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,7 +20,7 @@ from castwise.islands.border import LOW
 from castwise.numerics.search.assignment import tree_of
 from castwise.numerics.search.bench import Bench
 from castwise.numerics.search.candidates import Candidate
-from castwise.numerics.search.cost import CostModel, unit_costs
+from castwise.numerics.search.cost import CostModel, Costs
 from castwise.numerics.search.handovers import Handovers, observe_handovers
 from castwise.numerics.search.isolation import (
     Rounding,
@@ -46,9 +47,16 @@ from castwise.numerics.search.units import (
     Unit,
     find_units,
     group_units,
+    innermost,
     never_called,
+    operator_unit,
 )
 from castwise.policy.rules import Policy
+
+_HOLDS_OTHERS = "holds other modules, which its own backward would run again"
+
+_SILENT = Score(gradient=(), output=(), loss=0.0, fisher=0.0)
+"""An operator that runs as the operator table says changes nothing."""
 
 Report = Callable[[str, int, int], None]
 """Is told of progress: what is being done, how much is done, of how much."""
@@ -72,6 +80,9 @@ class ScoringSettings:
 
     with_outputs: bool
     """Whether the error of the output is wanted."""
+
+    operators: bool = False
+    """Whether operators that the table holds in fp32 may run low."""
 
 
 class Scoring:
@@ -120,6 +131,11 @@ class Scoring:
         values, roundings, along_weights = self._replays(
             captured, units, scored, signs, handovers
         )
+        by_operator = {
+            op: callers
+            for op, callers in self._callers(captured, units).items()
+            if any((unit.fqn, op) in values for unit in callers)
+        }
         turned = self._probes(captured, roundings, along_weights, values)
         decided = find_unstable(captured.decisions, turned)
         unstable = {
@@ -128,27 +144,38 @@ class Scoring:
             if (unit := unit_of(module, units)) is not None
         }
         steps = bench.num_steps - before
-        costs = unit_costs(
-            bench,
+        timer = Costs(bench, captured.calls, self._candidates, self._default, handovers)
+        costs = timer.of_units(units, settings.cost)
+        groups = group_units(units, captured, settings.grouping)
+        finished = _finished(
+            {key: score for key, score in values.items() if key[1] not in by_operator},
             units,
-            captured.calls,
+            unstable,
             self._candidates,
-            self._default,
-            settings.cost,
-            handovers,
         )
+        for op, callers in by_operator.items():
+            own = operator_unit(op, callers, captured)
+            groups = (*groups, (len(units),))
+            units = (*units, own)
+            finished[own.fqn] = {
+                each.name: _SILENT
+                if each != self._default
+                else _together([values[caller.fqn, op] for caller in callers])
+                for each in scored
+            }
+            costs[own.fqn] = timer.of_operator(own, callers, settings.cost)
         return Scores(
             fingerprint=self._record.fingerprint,
             tree=tree_of(bench.model),
             units=units,
-            groups=group_units(units, captured, settings.grouping),
+            groups=groups,
             candidates=tuple(each.name for each in self._candidates),
             default=self._default.name,
             scored=tuple(each.name for each in scored),
             rest=rest,
             scales=_scales(captured),
             loss_scale=bench.loss_scale,
-            values=_finished(values, units, unstable, self._candidates),
+            values=finished,
             costs=costs,
             unstable=unstable,
             never_called=never_called(bench.model, captured),
@@ -172,32 +199,87 @@ class Scoring:
         handovers: Handovers,
     ) -> tuple[dict[Key, Score], dict[Key, Rounding], dict[Key, list[float]]]:
         """Replay all units; say what rounding changes, and what of it meets weights."""
-        bench, calls = self._bench, captured.calls
+        bench = self._bench
         places = {id(weight): at for at, weight in enumerate(bench.weights)}
-        wide: dict[bool, dict[str, list[Played] | str]] = {}
         values: dict[Key, Score] = {}
         roundings: dict[Key, Rounding] = {}
         along: dict[Key, list[float]] = {}
+        as_the_table: dict[str, list[Played] | str] = {}
+        for unit, name, rounding in itertools.chain(
+            self._of_modules(captured, units, scored, handovers, as_the_table),
+            self._of_operators(captured, units, handovers, as_the_table),
+        ):
+            key = unit.fqn, name
+            values[key] = _first_look(captured, unit, rounding)
+            if not isinstance(rounding, str):
+                module = bench.model.get_submodule(unit.fqn)
+                along[key] = weight_products(module, rounding, signs, places)
+                roundings[key] = rounding
+        return values, roundings, along
+
+    def _of_modules(
+        self,
+        captured: Captured,
+        units: tuple[Unit, ...],
+        scored: Sequence[Candidate],
+        handovers: Handovers,
+        as_the_table: dict[str, list[Played] | str],
+    ) -> Iterator[tuple[Unit, str, Rounding | str]]:
+        """Replay every module in every candidate; keep what operators start from."""
+        bench, calls, low = self._bench, captured.calls, self._default
+        callers = {u for each in self._callers(captured, units).values() for u in each}
+        wide: dict[bool, dict[str, list[Played] | str]] = {}
         for rank, candidate in enumerate(scored):
             self._report("replays", rank, len(scored))
-            is_default = candidate == self._default
+            is_default = candidate == low
             seen = handovers if is_default else Handovers()
             if is_default not in wide:
-                plays = play_all(bench, units, calls, None, self._default, seen)
+                plays = play_all(bench, units, calls, None, low, seen)
                 wide[is_default] = {unit.fqn: played for unit, played in plays}
-            for unit, played in play_all(
-                bench, units, calls, candidate, self._default, seen
-            ):
-                key = unit.fqn, candidate.name
-                rounding = rounding_between(
-                    played, wide[is_default][unit.fqn], candidate.name
-                )
-                values[key] = _first_look(captured, unit, rounding)
-                if not isinstance(rounding, str):
-                    module = bench.model.get_submodule(unit.fqn)
-                    along[key] = weight_products(module, rounding, signs, places)
-                    roundings[key] = rounding
-        return values, roundings, along
+            alone = units if candidate.backward is None else innermost(units)
+            for unit in units:
+                if unit not in alone:
+                    yield unit, candidate.name, _HOLDS_OTHERS
+            for unit, played in play_all(bench, alone, calls, candidate, low, seen):
+                before = wide[is_default][unit.fqn]
+                name = candidate.name
+                yield unit, name, rounding_between(played, before, name)
+                if is_default and unit in callers:
+                    as_the_table[unit.fqn] = played
+
+    def _of_operators(
+        self,
+        captured: Captured,
+        units: tuple[Unit, ...],
+        handovers: Handovers,
+        as_the_table: dict[str, list[Played] | str],
+    ) -> Iterator[tuple[Unit, str, Rounding | str]]:
+        """Replay the callers of each operator, with it low and all else as before."""
+        low = self._default
+        for op, callers in self._callers(captured, units).items():
+            plays = play_all(
+                self._bench, callers, captured.calls, low, low, handovers, op
+            )
+            found = [
+                (unit, rounding_between(played, as_the_table[unit.fqn], f"{op} low"))
+                for unit, played in plays
+            ]
+            # an operator inside of another one is out of reach of the table
+            if any(isinstance(each, str) or each.is_some() for _, each in found):
+                for unit, rounding in found:
+                    yield unit, op, rounding
+
+    def _callers(
+        self, captured: Captured, units: tuple[Unit, ...]
+    ) -> dict[str, tuple[Unit, ...]]:
+        """Operators that may be put low -> the units that call them, if it is asked."""
+        if not self._settings.operators or self._default.compute not in LOW:
+            return {}
+        found: dict[str, tuple[Unit, ...]] = {}
+        for unit in units:
+            for op in captured.work[unit.fqn].in_fp32:
+                found[op] = (*found.get(op, ()), unit)
+        return dict(sorted(found.items()))
 
     def _probes(
         self,
@@ -259,6 +341,21 @@ def _first_look(captured: Captured, unit: Unit, rounding: Rounding | str) -> Sco
     return Score(gradient=(), output=(), loss=loss, fisher=fisher)
 
 
+def _together(scores: Sequence[Score]) -> Score:
+    """The score of one operator, from those of all modules that call it."""
+    return Score(
+        gradient=_sums([score.gradient for score in scores if not score.forced]),
+        output=_sums([score.output for score in scores if not score.forced]),
+        loss=sum(score.loss for score in scores),
+        fisher=sum(score.fisher for score in scores),
+        forced=next((score.forced for score in scores if score.forced), ""),
+    )
+
+
+def _sums(rows: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
+    return tuple(map(sum, zip(*rows, strict=False)))
+
+
 def _finished(
     values: dict[Key, Score],
     units: Sequence[Unit],
@@ -267,11 +364,15 @@ def _finished(
 ) -> dict[str, dict[str, Score]]:
     """Sort scores by unit, and refuse low formats where no score can be trusted."""
     found: dict[str, dict[str, Score]] = {unit.fqn: {} for unit in units}
-    bits = {each.name: each.bits for each in candidates}
+    bits = {each.name: each.least_bits for each in candidates}
+    fp8 = {each.name for each in candidates if each.is_fp8}
     blind = {unit.fqn for unit in units if unit.is_blind}
+    without = {unit.fqn for unit in units if not unit.num_flops}
     for (fqn, name), score in values.items():
         forced = score.forced
-        if bits[name] < 32 and max(bits.values()) >= 32:
+        if name in fp8 and fqn in without:
+            forced = "has no product, and nothing else runs in fp8"
+        elif bits[name] < 32 and max(bits.values()) >= 32:
             if fqn in unstable:
                 forced = f"its {unstable[fqn]} turned over in a probe"
             elif fqn in blind:

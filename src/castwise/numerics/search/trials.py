@@ -3,23 +3,33 @@
 Predictions rank well and are off by a factor, the same one for similar choices. So one
 number is searched, the predicted error to solve for: what a trial measured says where
 to look next, and what held and what did not is a bracket around it. Trials that are
-left over are spent on single modules that may be made cheaper still.
+left over go where the largest saving is expected by what all trials taught.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from castwise.errors import BudgetError
+from castwise.numerics.search.belief import Belief
 from castwise.numerics.search.bench import Bench
 from castwise.numerics.search.budget import Budget
 from castwise.numerics.search.cost import step_seconds
-from castwise.numerics.search.found import Choice, Problem, Trial, worst_errors
+from castwise.numerics.search.found import (
+    Choice,
+    ParetoPoint,
+    Problem,
+    Trial,
+    pareto_of,
+    worst_errors,
+)
 from castwise.numerics.search.record_file import Record, digest_of
 from castwise.numerics.search.scoring import Report
 from castwise.policy.rules import Policy
 
-_HOPEFUL = 1.3  # times the budget: what may be predicted for a choice worth a trial
+_SHARES = (0.9, 1.0, 1.15)  # of the budget, to solve for with what trials taught
+_WORTH = 1e-3  # of the cost: what a trial must be expected to save
 _WIDEST_STEP = 16.0  # by which one trial may change what is predicted
 _CAUTION = 0.96  # by how much more a prediction is lowered after a failure
 _CLOSE = 1.02  # a bracket that is not worth narrowing
@@ -143,6 +153,26 @@ class Trials:
         seconds = step_seconds(self._bench, policies)
         return holding[seconds.index(min(seconds))]
 
+    def along(self, problem: Problem, num_points: int) -> tuple[ParetoPoint, ...]:
+        """The Pareto curve, with what was measured of some of its points.
+
+        Args:
+            problem: Loads and costs.
+            num_points: How many are run for real, evenly along those that were not.
+        """
+        points = pareto_of(problem, self.done)
+        asked = [at for at, point in enumerate(points) if point.measured is None]
+        step = max(1.0, (len(asked) - 1) / max(1, num_points - 1))
+        chosen = dict.fromkeys(int(step * i + 0.5) for i in range(num_points))
+        found = list(points)
+        for rank, at in enumerate(asked[i] for i in chosen if i < len(asked)):
+            self._report("points", rank, num_points)
+            policy = problem.policy(points[at].choice, name="candidate")
+            errors = self.errors(policy, to_the_end=True)
+            worst = max(map(self._budget.usage, errors))
+            found[at] = replace(points[at], measured=worst)
+        return tuple(found)
+
     def _safest(self, problem: Problem) -> Trial:
         trial = self._try(problem, problem.safest())
         if not trial.holds:
@@ -177,17 +207,20 @@ class Trials:
         )
 
     def polished(self, problem: Problem, best: Trial) -> Trial:
-        """Spend the trials that are left on making the best choice cheaper."""
-        refused: set[Choice] = {t.choice for t in self.done if not t.holds}
+        """Spend the trials that are left where the most is expected to be saved."""
+        margin = self._margin
         while len(self.done) < self._most:
-            choice = _cheaper(problem, best, refused, self._margin)
-            if choice is None:
-                return best
-            trial = self._try(problem, choice)
-            if trial.holds:
+            belief = Belief(problem, self.done, margin)
+            solved = (
+                problem.solve(share * margin, belief.loads()) for share in _SHARES
+            )
+            tried = {trial.choice for trial in self.done}
+            prospect = belief.best_prospect(best, tried, [c for c in solved if c])
+            if prospect is None or prospect.gain < _WORTH * best.cost:
+                break
+            trial = self._try(problem, prospect.choice)
+            if trial.holds and trial.cost < best.cost:
                 best = trial
-            else:
-                refused.add(choice)
         return best
 
 
@@ -212,25 +245,3 @@ def _within(wanted: float, low: float, high: float) -> float:
     if high == math.inf:
         return max(wanted, 2 * low)
     return math.sqrt(low * high) if low > 0 else min(wanted, high / 2)
-
-
-def _cheaper(
-    problem: Problem, best: Trial, refused: set[Choice], margin: float
-) -> Choice | None:
-    """A choice that is cheaper than the best by one group's change, worth a trial.
-
-    The one that saves the most of those that should fit by what was measured of the
-    best; if there is none, the likeliest to fit.
-    """
-    off = best.usage / best.predicted if best.predicted else 1.0
-    options = []
-    for at, one in enumerate(best.choice):
-        for other in range(len(problem.candidates)):
-            saved = problem.costs[at][one] - problem.costs[at][other]
-            if saved <= 0 or math.isinf(problem.loads[at][other]):
-                continue
-            choice = (*best.choice[:at], other, *best.choice[at + 1 :])
-            usage = off * problem.predicted(choice)
-            if choice not in refused and usage <= _HOPEFUL * margin:
-                options.append((max(0.0, usage - margin), -saved, choice))
-    return min(options)[2] if options else None

@@ -119,7 +119,7 @@ def _run(
 
     args, kwargs = map(EachTensor(leaf).values, call.inputs)
     torch.set_rng_state(call.random_state)
-    scale = 1.0 if region.low is None else bench.loss_scale
+    scale = bench.scale_now
     with region.entered(bench.device.type):
         begin = _now(bench.device)
         outputs = floating_in(module(*args, **kwargs))

@@ -1,9 +1,10 @@
 """Units: the modules that get a format of their own, and the groups that move together.
 
 A module is a unit when it was called and computes something itself; `nn.Sequential`
-only calls others. Modules of one parent and class that are given the same tensor, such
-as the projections to query, key and value, move together: their input is then cast
-once, and no person has to read three different formats there.
+only calls others. An operator that the operator table holds in fp32 may be one as well:
+low or not in all low modules that call it. Modules of one parent and class that are
+given the same tensor, such as the projections to query, key and value, move together:
+their input is then cast once, and no person has to read three different formats there.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class Unit:
     """Its first name; the empty text for the model itself."""
 
     names: tuple[str, ...]
-    """All its names; several where it stands in several places."""
+    """All its names; several where it stands in several places. Of an operator, the
+    modules that call it."""
 
     type: str
     """Its class."""
@@ -54,6 +56,9 @@ class Unit:
 
     is_blind: bool = False
     """Whether no gradient reaches it, so that its effect cannot be measured."""
+
+    op: str = ""
+    """For an operator in the whole model instead of a module, its ATen name."""
 
     @property
     def shown(self) -> str:
@@ -89,6 +94,33 @@ def find_units(model: nn.Module, captured: Captured) -> tuple[Unit, ...]:
             )
         )
     return tuple(found)
+
+
+def operator_unit(op: str, callers: Sequence[Unit], captured: Captured) -> Unit:
+    """Make the unit that stands for one operator wherever a low module calls it."""
+    return Unit(
+        fqn=f"operator {op}",  # no module is called so, with a space
+        names=tuple(unit.fqn for unit in callers),
+        type="operator",
+        depth=0,
+        num_calls=sum(unit.num_calls for unit in callers),
+        num_weights=0,
+        num_flops=0,
+        num_elements=sum(captured.work[unit.fqn].in_fp32[op] for unit in callers),
+        op=op,
+    )
+
+
+def innermost(units: Sequence[Unit]) -> tuple[Unit, ...]:
+    """The units that hold no other unit."""
+    above = {
+        name[:at]
+        for unit in units
+        for name in unit.names
+        for at in (0, *(i for i, char in enumerate(name) if char == "."))
+        if name
+    }
+    return tuple(unit for unit in units if not above.intersection(unit.names))
 
 
 def never_called(model: nn.Module, captured: Captured) -> tuple[str, ...]:
