@@ -26,6 +26,7 @@ from types import FrameType
 from typing import Any, final
 
 from torch import Tensor
+from torch.profiler import record_function
 
 from castwise.checkpoints import CheckpointShelf
 from castwise.errors import ForeignCheckpointError, LossScaleError, SettingsError
@@ -42,6 +43,7 @@ from castwise.training.schedule import WarmupStableDecay
 from castwise.training.sentinel import RolledBack, Sentinel
 from castwise.training.step import Run, Skipped, Stepped
 from castwise.training.stepping import Stepping
+from castwise.training.trace_table import DATA, span_of
 
 MIB = 2**20
 
@@ -162,6 +164,7 @@ class _Progress:
     seconds_before: float = 0.0
     started: float = field(default_factory=time.perf_counter)
     step_seconds: list[float] = field(default_factory=list)
+    data_seconds: list[float] = field(default_factory=list)
     num_units: int = 0
     window_started: float = field(default_factory=time.perf_counter)
 
@@ -315,7 +318,7 @@ class Trainer:
         if self._stepping is None:
             plain = self._sentinel is None
             return self._plain_step(step) if plain else self._guarded_step(step)
-        made = self._stepping.step(self._task.batch(step))
+        made = self._stepping.step(self._batch(step))
         for event in made.events:
             self._journal.write(event.name, step + 1, event.values)
             if event.note:
@@ -324,11 +327,19 @@ class Trainer:
             self._display.update(step + 1, self._stepping.values())
         return made.loss, made.outcome
 
+    def _batch(self, step: int) -> Any:
+        """Get the batch of a step, and note how long the trainer waited for it."""
+        started = time.perf_counter()
+        with record_function(span_of(DATA)):
+            batch = self._task.batch(step)
+        self._progress.data_seconds.append(time.perf_counter() - started)
+        return batch
+
     def _plain_step(self, step: int) -> tuple[BatchLoss, Stepped | Skipped]:
         open_step = self._run.step(again=lambda: self._task.loss(batch).value)
         try:
             with open_step:
-                batch = self._task.batch(step)
+                batch = self._batch(step)
                 loss = self._task.loss(batch)
                 open_step.backward(loss.value)
         except LossScaleError:
@@ -341,7 +352,7 @@ class Trainer:
         self, step: int
     ) -> tuple[BatchLoss, Stepped | Skipped | RolledBack]:
         assert self._sentinel is not None
-        batch, losses = self._task.batch(step), list[BatchLoss]()
+        batch, losses = self._batch(step), list[BatchLoss]()
 
         def compute() -> Tensor:
             losses.append(self._task.loss(batch))
@@ -380,11 +391,13 @@ class Trainer:
         now = time.perf_counter()
         window = max(now - progress.window_started, 1e-9)
         recent = progress.step_seconds[-self._settings.log_every :]
+        waited = progress.data_seconds[-len(recent) :]
         values: dict[str, str | float] = {
             "loss": float(loss.value.detach()),
             **{name: float(value) for name, value in loss.measures.items()},
             f"{self._task.unit}_per_s": progress.num_units / window,
             "step_ms": 1e3 * statistics.median(recent),
+            "data_share": sum(waited) / sum(recent),
             "learning_rate": float(self._run.optimizer.param_groups[0]["lr"]),
             "scale": float(self._run.loss_scale.scale),
             "skipped": float(progress.num_skipped),

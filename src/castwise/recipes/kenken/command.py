@@ -106,7 +106,23 @@ CHANGES = (
     help="Count weights, gradients and outputs by exponent every so many steps.",
 )
 @click.option(
+    "--grad-checkpoint",
+    "recompute",
+    is_flag=True,
+    help="Recompute blocks in the backward pass instead of keeping their activations.",
+)
+@click.option(
+    "--profile",
+    is_flag=False,
+    flag_value="10:3",
+    metavar="[FIRST:COUNT]",
+    help="Profile a window of steps: a trace and a table.  [bare: 10:3]",
+)
+@click.option(
     "--sentinel", is_flag=True, help="Take bad steps back, and promote modules."
+)
+@click.option(
+    "--dry-run", is_flag=True, help="Show the memory that a step will hold; train not."
 )
 @click.option(
     "--hybrid",
@@ -114,9 +130,6 @@ CHANGES = (
     flag_value="default",
     metavar="[NAME|FILE]",
     help="Train in phases: default, conservative, aggressive, or a YAML file.",
-)
-@click.option(
-    "--dry-run", is_flag=True, help="Show the memory that a step will hold; train not."
 )
 def train(**flags: Any) -> int:
     """Train a KenKen solver on puzzles that are made on the spot."""
@@ -170,6 +183,8 @@ def train(**flags: Any) -> int:
             data=flags["data"],
             watch_every=flags["watch"],
             sentinel=flags["sentinel"],
+            recompute=flags["recompute"],
+            profile=flags["profile"],
         ),
     )
 

@@ -27,6 +27,7 @@ from castwise.errors import CheckpointError, SettingsError
 from castwise.hybrid import HybridSettings, HybridTrainer
 from castwise.hybrid.stepping import HybridStepping, TaskLoss
 from castwise.memory.monitor import MemoryMonitor
+from castwise.memory.recompute import recompute
 from castwise.numerics.census import FormatCensus, observe
 from castwise.policy import Policy
 from castwise.recipes.device_choice import choose_device
@@ -51,10 +52,12 @@ from castwise.recipes.optimizer_choice import (
     refuse_missing,
 )
 from castwise.recipes.precision_choice import PrecisionChoice
+from castwise.recipes.profile_story import journaled_profile
 from castwise.recipes.watch_story import journaled_watch
 from castwise.training.averages import Averages, ExponentialAverage, NoAverages
 from castwise.training.display import open_display
 from castwise.training.journal import Journal
+from castwise.training.profile import StepWindow
 from castwise.training.random_state import seed_everything
 from castwise.training.run_folder import RunFolder, open_run_folder
 from castwise.training.schedule import WarmupStableDecay
@@ -98,6 +101,12 @@ class Place:
 
     sentinel: bool = False
     """Whether bad steps are taken back and modules promoted."""
+
+    recompute: bool = False
+    """Whether blocks run again in the backward pass; no bit depends on it."""
+
+    profile: str | None = None
+    """Which steps are profiled, `FIRST:COUNT`, or None for none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,6 +161,7 @@ def train(
         CastwiseError: For every mistake in a flag, a file or a folder.
     """
     console = Console()
+    window = None if place.profile is None else StepWindow.parse(place.profile)
     folder = open_run_folder(out=place.out, parent=place.runs, resume=place.resume)
     shelf = CheckpointShelf(
         folder=folder.checkpoints, kind=KIND, keep_last=place.keep_last
@@ -169,20 +179,35 @@ def train(
         built = _build(
             plan, supply, folder, shelf, stack, console, guarded=place.sentinel
         )
+        if place.recompute and not built.task.model.settings.recompute:
+            console.print(recompute(built.task.model).summary(), highlight=False)
+        first_step = 0 if plan.tree is None else plan.tree["position"]["step"]
         if place.watch_every is not None:
             stack.enter_context(
                 journaled_watch(
                     built.run,
                     built.journal,
                     every=place.watch_every,
-                    first_step=0
-                    if plan.tree is None
-                    else plan.tree["position"]["step"],
+                    first_step=first_step,
+                )
+            )
+        profile = None
+        if window is not None:
+            profile = stack.enter_context(
+                journaled_profile(
+                    built.run,
+                    built.journal,
+                    folder.path,
+                    window,
+                    first_step=first_step,
                 )
             )
         for line in closing.opening_lines(built.facts, folder):
             console.print(line, highlight=False, soft_wrap=True)
         result = built.trainer.fit()
+        if profile is not None and profile.table is not None:
+            console.print(profile.table.text(), highlight=False, markup=False)
+            console.print(f"Profile: {folder.path / 'profile'}", soft_wrap=True)
     if result.stopped_by is not None:
         console.print(
             f"Stopped by {result.stopped_by} after step {result.num_steps}; go on with "
@@ -437,7 +462,7 @@ def _build(
         shelf=shelf,
         journal=journal,
         display=display,
-        monitor=MemoryMonitor(device),
+        monitor=monitor,
         facts=facts,
         score=SCORE,
         sentinel=Sentinel(run) if guarded else None,
