@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from castwise.commands.estimate import OPTIMIZERS, resized
+from castwise.distributed.rank_estimate import RankEstimate
 from castwise.errors import SettingsError
 from castwise.memory.estimate import Estimate
 from command_line import Run
@@ -107,6 +108,23 @@ def test_mistakes_leave_with_2(
     code, _, err = run("estimate", f"{target}:build", *words)
     assert code == 2
     assert said in err
+
+
+def test_ranks_are_told_with_what_they_send(
+    run: Run, target: str, tmp_path: Path
+) -> None:
+    """The table is that of one rank, and a sentence tells the messages."""
+    record = tmp_path / "ranks.json"
+    words = ("--ranks", 4, "--strategy", "ddp", "--json", record)
+    code, out, _ = run("estimate", f"{target}:build", *words)
+    told = RankEstimate.from_record(json.loads(record.read_text()))
+    assert code == 0
+    assert (told.num_ranks, told.strategy) == (4, "ddp")
+    assert told.bytes_sent == round(2 * 3 / 4 * 4 * 195)
+    assert "each of 4 ranks under ddp" in out
+    code, _, err = run("estimate", f"{target}:build", "--strategy", "fsdp")
+    assert code == 2
+    assert "--ranks" in err
 
 
 def test_a_loss_that_reads_numbers_is_told(run: Run, target: str) -> None:

@@ -20,9 +20,13 @@ from castwise.errors import SettingsError
 from castwise.wording import did_you_mean
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from torch.optim import Optimizer
 
+    from castwise.distributed.rank_estimate import RankEstimate, Strategy
+    from castwise.memory.estimate import Estimate
     from castwise.numerics.target import Target
+    from castwise.policy import Policy
 
 OPTIMIZERS = (
     "torch",
@@ -54,6 +58,17 @@ OPTIMIZERS = (
     help="Modules that are run again in the backward; may be given several times.",
 )
 @click.option(
+    "--ranks",
+    "num_ranks",
+    type=click.IntRange(min=1),
+    help="Processes that train together; the table is then that of each.",
+)
+@click.option(
+    "--strategy",
+    type=click.Choice(["ddp", "fsdp"]),
+    help="How they share the model.  [default: fsdp]",
+)
+@click.option(
     "--depth",
     type=click.IntRange(min=0),
     default=2,
@@ -69,6 +84,8 @@ def command(
     storage: str | None,
     batch_size: int | None,
     recompute: tuple[str, ...],
+    num_ranks: int | None,
+    strategy: Strategy | None,
     depth: int,
     json_path: Path | None,
 ) -> int:
@@ -79,24 +96,75 @@ def command(
     """
     from rich.console import Console
 
-    from castwise.memory.estimate import estimate
-    from castwise.memory.estimate_table import show_estimate
     from castwise.numerics.target import load_target
 
+    if strategy is not None and num_ranks is None:
+        raise SettingsError(
+            f"--strategy {strategy} shares a model among processes; say how many with "
+            "--ranks."
+        )
     found = load_target(target)
-    told = estimate(
-        found.model,
+    told = _told(
+        found,
         resized(found.batches[0], batch_size),
-        found.loss_fn,
-        chosen_policy(policy, preset),
+        _with_storage(chosen_policy(policy, preset), storage),
+        num_ranks,
+        strategy or "fsdp",
         optimizer=chosen_optimizer(optimizer, found),
-        storage=storage,
         recompute=recompute,
     )
     if json_path is not None:
         write_json(told.record(), json_path)
-    show_estimate(told, Console(), depth=depth)
+    _show(told, Console(), depth)
     return SUCCESS
+
+
+def _with_storage(policy: Policy, storage: str | None) -> Policy:
+    return policy if storage is None else policy.with_storage(storage)
+
+
+def _told(
+    found: Target,
+    batch: tuple[Any, ...],
+    policy: Policy,
+    num_ranks: int | None,
+    strategy: Strategy,
+    **settings: Any,
+) -> Estimate | RankEstimate:
+    if num_ranks is None:
+        from castwise.memory.estimate import estimate
+
+        return estimate(found.model, batch, found.loss_fn, policy, **settings)
+    from castwise.distributed.rank_estimate import estimate_ranks
+
+    return estimate_ranks(
+        found.model,
+        batch,
+        found.loss_fn,
+        policy,
+        num_ranks=num_ranks,
+        strategy=strategy,
+        **settings,
+    )
+
+
+def _show(told: Estimate | RankEstimate, console: Console, depth: int) -> None:
+    from castwise.distributed.rank_estimate import RankEstimate
+    from castwise.memory.estimate_table import show_estimate, shown_bytes
+
+    if not isinstance(told, RankEstimate):
+        show_estimate(told, console, depth=depth)
+        return
+    show_estimate(told.rank, console, depth=depth)
+    sent = ", ".join(
+        f"{each.kind} {shown_bytes(each.bytes_sent)} in {each.num_messages}"
+        for each in told.exchanges
+    )
+    line = (
+        f"that is each of {told.num_ranks} ranks under {told.strategy}; in a step each "
+        f"sends {shown_bytes(told.bytes_sent)}: {sent} messages"
+    )
+    console.print(line, highlight=False, soft_wrap=True)
 
 
 def chosen_optimizer(

@@ -44,7 +44,7 @@ LossFn: TypeAlias = Callable[[Any, Any], torch.Tensor]
 Recompute: TypeAlias = Sequence[str] | Callable[[nn.Module], object]
 """Globs for the modules that are run again, or what puts recomputation on a model."""
 
-__all__ = ["Estimate", "LossFn", "Recompute", "estimate"]
+__all__ = ["Estimate", "LossFn", "Recompute", "estimate", "foretell"]
 
 _UNSEEN = (
     "not counted: memory that a kernel takes and gives back within one operator, what "
@@ -93,21 +93,52 @@ def estimate(
             glob names no module; nothing here knows the device.
         TargetError: The batch is none, or forward or loss need numbers.
     """
+    lifetimes, facts = foretell(
+        model,
+        batch,
+        loss_fn,
+        policy,
+        optimizer=optimizer,
+        storage=storage,
+        recompute=recompute,
+        device=device,
+        phase=phase,
+        beside=beside,
+    )
+    return estimate_of(lifetimes, **facts)
+
+
+def foretell(
+    model: nn.Module,
+    batch: Sequence[Any],
+    loss_fn: LossFn,
+    policy: Policy | None = None,
+    *,
+    optimizer: Optimizer | MakesOptimizer | None = None,
+    storage: str | None = None,
+    recompute: Recompute = (),
+    device: str | torch.device | None = None,
+    phase: str = "full",
+    beside: Mapping[str, int] | None = None,
+) -> tuple[Lifetimes, dict[str, Any]]:
+    """Return every allocation of the step, and the other fields of its estimate.
+
+    Args and errors are those of `estimate`.
+    """
     inner = getattr(model, "_orig_mod", model)
     where = _where(inner, device)
     asked = _asked(policy, storage)
     with fake_mode(where):
         walk = _Walk(inner, asked, optimizer, recompute, where, phase)
         lifetimes = walk.run(_checked(batch), loss_fn, beside or {})
-    return estimate_of(
-        lifetimes,
-        policy="as it is" if policy is None else policy.name,
-        optimizer="none" if walk.update is None else walk.update.name,
-        device=str(where),
-        num_parameters=sum(weight.numel() for weight in inner.parameters()),
-        recompute=walk.recomputed,
-        notes=(_UNSEEN,) if inner is model else (_UNSEEN, _COMPILED),
-    )
+    return lifetimes, {
+        "policy": "as it is" if policy is None else policy.name,
+        "optimizer": "none" if walk.update is None else walk.update.name,
+        "device": str(where),
+        "num_parameters": sum(weight.numel() for weight in inner.parameters()),
+        "recompute": walk.recomputed,
+        "notes": (_UNSEEN,) if inner is model else (_UNSEEN, _COMPILED),
+    }
 
 
 class _Walk:

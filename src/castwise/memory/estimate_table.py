@@ -68,7 +68,9 @@ def kind_table(estimate: Estimate) -> Table:
             kind,
             shown_bytes(num_bytes),
             shown_bytes(estimate.at_peak(kind)),
-            ", ".join(f"{fmt} {shown_bytes(size)}" for fmt, size in formats if fmt),
+            ", ".join(
+                f"{fmt} {shown_bytes(size)}" for fmt, size in formats if fmt and size
+            ),
         )
     return table
 

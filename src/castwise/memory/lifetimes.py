@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
@@ -45,6 +45,7 @@ Kind = Literal[
     "gradients",
     "casts",
     "saved",
+    "exchange",
     "working",
 ]
 """What a piece of memory is for; `KINDS` says it in words."""
@@ -59,6 +60,7 @@ KINDS: Mapping[str, str] = {
     "gradients": "gradients of the weights",
     "casts": "weights cast to another format for the length of the step",
     "saved": "activations held from the forward for the backward",
+    "exchange": "on the way between processes: gathered weights, gradients, buckets",
     "working": "results that live within a forward, a backward or an update",
 }
 """Every kind of memory, and what it is."""
@@ -182,11 +184,14 @@ class Ledger(TorchDispatchMode):
 
     Args:
         model: Whose modules are named; hooks stand on it until the ledger is left.
+        resizes: Look for storages that change their size, as those of FSDP2 do; takes
+            a look at every living storage at every operator. Default: false.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, resizes: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._model = model
+        self._resizes = resizes
         self._blocks: list[_Block] = []
         self._living: dict[int, tuple[_Block, weakref.ref[Any]]] = {}
         self._instant = 0
@@ -261,6 +266,8 @@ class Ledger(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if self._resizes:
+            self._notice_resizes()
         for tensor in _tensors((args, kwargs)):
             self._notice(tensor)
         result = func(*args, **kwargs)
@@ -276,10 +283,29 @@ class Ledger(TorchDispatchMode):
         return result
 
     def _notice(self, tensor: torch.Tensor) -> None:
-        """Count what comes from outside and was not named: it stood there before."""
+        """Count what comes from outside and was not named: it stood there before.
+
+        Unless storages are resized: then it may have been empty until now.
+        """
+        kind: Kind = "exchange" if self._resizes else "batch"
+        op = "resize" if self._resizes else ""
         for storage, dtype in _storages(tensor):
             if self._found(storage) is None:
-                self._add(storage, dtype, kind="batch", op="")
+                self._add(storage, dtype, kind=kind, op=op)
+
+    def _notice_resizes(self) -> None:
+        """Bury what has another size now, and let it be born again."""
+        for key, (block, reference) in list(self._living.items()):
+            storage = reference()
+            if storage is None or storage.nbytes() == block.num_bytes:
+                continue
+            self._instant += 1
+            block.died = self._instant
+            again = replace(
+                block, num_bytes=storage.nbytes(), born=self._instant, died=None
+            )
+            self._blocks.append(again)
+            self._living[key] = again, weakref.ref(storage, self._death_of(again))
 
     def _reads_weight(self, args: Sequence[Any]) -> bool:
         if self._stage != "forward" and not self._modules:
@@ -437,8 +463,10 @@ def _storages(
         yield tensor.untyped_storage(), tensor.dtype
         return
     names, _ = flatten()
-    for name in names:
-        yield from _storages(getattr(tensor, name))
+    for name in names:  # some wrappers list what is no tensor, such as a mesh
+        inner = getattr(tensor, name)
+        if isinstance(inner, torch.Tensor):
+            yield from _storages(inner)
 
 
 def _format_name(dtype: torch.dtype) -> str:

@@ -25,6 +25,8 @@ def watch_step(
     run: Run,
     batch: Sequence[Any],
     loss_fn: Callable[[Any, Any], torch.Tensor],
+    *,
+    resizes: bool = False,
 ) -> Lifetimes:
     """Make one step, and write down what was born and died in it.
 
@@ -34,8 +36,9 @@ def watch_step(
         run: A prepared model.
         batch: The model's inputs and, last, the target of the loss.
         loss_fn: From the model's output and the target to a scalar.
+        resizes: Follow storages that change their size, as those of FSDP2 do; slow.
     """
-    ledger = Ledger(run.model)
+    ledger = Ledger(run.model, resizes=resizes)
     _name_standing(ledger, run, batch)
     watcher = _Marks(ledger, run)
     run.watchers.append(watcher)
