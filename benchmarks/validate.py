@@ -3,11 +3,14 @@
     python benchmarks/validate.py
     python benchmarks/validate.py --write docs/accepted/validate.json
 
-Three tables:
+Five tables:
 
     clean     GPT-2, Llama, ViT and a conv net, small, randomly initialised, under
               three presets: errors beside those of fp32, and the cost in steps; a step
               is a forward and a backward of the model in fp32 on the same batch
+    recipes   the recipes of castwise under bf16-mixed, without and with the island that
+              each of them declares (`examples/recipe_targets.py`)
+    costs     what each tool that gathers evidence costs on one GPT-2, in such steps
     planted   faults in GPT-2, which it must find, and the same model without one,
               which it must pass; and what other ways of comparing say:
                   assert_close   torch.testing.assert_close, outputs with those of fp32
@@ -35,15 +38,18 @@ from torch import nn
 from torch._dynamo.utils import same
 from torch.nn import functional
 
+import castwise as cw
 from castwise.islands import apply_policy, module_facts
 from castwise.numerics.diagnose import diagnose
-from castwise.numerics.validate import validate
-from castwise.policy import preset
+from castwise.numerics.validate import Validation, validate
+from castwise.policy import Policy, preset
 from castwise.region import Region
 
 PRESETS = ("bf16-mixed", "16-mixed", "bf16-true")
-STORIES = Path(__file__).parents[1] / "examples" / "failure_stories.py"
-Made = tuple[nn.Module, list[tuple[torch.Tensor, torch.Tensor]], Callable[..., Any]]
+EXAMPLES = Path(__file__).parents[1] / "examples"
+STORIES = EXAMPLES / "failure_stories.py"
+ISLANDS = {"kenken": None, "resolvent_lm": "*.mixing", "soliton_lm": "*propagation"}
+Made = tuple[nn.Module, list[tuple[Any, ...]], Callable[..., Any]]
 
 
 class Logits(nn.Module):
@@ -156,63 +162,113 @@ def smooth_conv_net() -> Made:
 
 
 def step_time(made: Made, repeats: int = 9) -> float:
-    """Median seconds of a forward and backward in fp32."""
+    """Median CPU seconds of a forward and backward in fp32."""
     model, batches, loss_fn = made
     copied, times = copy.deepcopy(model), []
-    x = batches[0][0].clone()
-    if x.is_floating_point():
-        x.requires_grad_()  # a model may have no weights
+    *inputs, target = batches[0]
+    inputs = [
+        each.clone().requires_grad_()  # a model may have no weights
+        if isinstance(each, torch.Tensor) and each.is_floating_point()
+        else each
+        for each in inputs
+    ]
     for number in range(repeats + 2):
-        begin = time.perf_counter()
-        loss_fn(copied(x), batches[0][1]).backward()
+        begin = time.process_time()
+        loss_fn(copied(*inputs), target).backward()
         if number >= 2:
-            times.append(time.perf_counter() - begin)
+            times.append(time.process_time() - begin)
     return statistics.median(times)
 
 
 def clean_table() -> list[dict[str, Any]]:
     """Validate the models under three presets, and time it."""
+    return [
+        _row(build.__name__, build(), name, preset(name))
+        for build in (gpt2, llama, vit, conv_net, smooth_conv_net)
+        for name in PRESETS
+    ]
+
+
+def recipe_table() -> list[dict[str, Any]]:
+    """Validate the recipes, without and with their islands."""
     rows = []
-    for build in (gpt2, llama, vit, conv_net, smooth_conv_net):
-        made = build()
-        for name in PRESETS:
-            step = step_time(made)
-            found, spent = _validated(made, name, operators=True)
-            _, without = _validated(made, name, operators=False)
-            worst = max(found.operators, key=lambda each: each.error)
-            rows.append(
-                {
-                    "model": build.__name__,
-                    "policy": name,
-                    "holds": found.holds,
-                    **{
-                        each.name: [
-                            each.measures.relative,
-                            each.floor.relative,
-                            each.limit,
-                        ]
-                        for each in found.results
-                    },
-                    "loss drift": found.loss_drift,
-                    "modules": len(found.modules),
-                    "modules off": [
-                        e.module for e in found.modules if e.state != "holds"
-                    ],
-                    "worst operator": str(worst),
-                    "lifted": len(found.lifted),
-                    "step ms": 1e3 * step,
-                    "steps per batch": spent / step / len(made[1]),
-                    "steps per batch without operators": without / step / len(made[1]),
-                }
-            )
-            print(json.dumps(rows[-1]), flush=True)
+    targets = _module(EXAMPLES / "recipe_targets.py")
+    plain = preset("bf16-mixed")
+    for recipe, island in ISLANDS.items():
+        policies = {"bf16-mixed": plain}
+        if island:
+            held = plain.with_rule(module=island, precision="fp32")
+            policies[f"bf16-mixed, {island} in fp32"] = held
+        for name, policy in policies.items():
+            made = getattr(targets, recipe)()[:3]
+            rows.append(_row(recipe, made, name, policy))
     return rows
 
 
-def _validated(made: Made, name: str, *, operators: bool) -> tuple[Any, float]:
-    begin = time.perf_counter()
-    found = validate(*made, preset(name), operators=operators)
-    return found, time.perf_counter() - begin
+def _row(model: str, made: Made, name: str, policy: Policy) -> dict[str, Any]:
+    """Validate one model under one policy."""
+    step = step_time(made)
+    found, spent = _validated(made, policy)
+    first = made[0], made[1][:1], made[2]
+    _, one = _validated(first, policy)
+    _, without = _validated(first, policy, operators=False)
+    worst = max(found.operators, key=lambda each: each.error)
+    row = {
+        "model": model,
+        "policy": name,
+        "holds": found.holds,
+        **{
+            each.name: [each.measures.relative, each.floor.relative, each.limit]
+            for each in found.results
+        },
+        "loss drift": found.loss_drift,
+        "modules": len(found.modules),
+        "modules off": [e.module for e in found.modules if e.state != "holds"],
+        "worst operator": str(worst),
+        "lifted": len(found.lifted),
+        "step ms": 1e3 * step,
+        "steps for the first batch": one / step,
+        "the same without operators": without / step,
+        "steps for each further batch": (spent - one) / step / (len(made[1]) - 1),
+    }
+    print(json.dumps(row), flush=True)
+    return row
+
+
+def _validated(
+    made: Made, policy: Policy, *, operators: bool = True
+) -> tuple[Validation, float]:
+    begin = time.process_time()
+    found = validate(*made, policy, operators=operators)
+    return found, time.process_time() - begin
+
+
+def cost_table() -> list[dict[str, Any]]:
+    """What each tool costs on GPT-2 with two batches, in steps."""
+    made = gpt2()
+    model, batches, loss_fn = made
+    policy = preset("bf16-mixed")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    budget = cw.Budget(gradient=1e-2)
+    tools: dict[str, Callable[[], Any]] = {
+        "lint": lambda: cw.lint(model, policy, optimizer, batches, loss_fn),
+        "contract": lambda: cw.contract(*made, policy),
+        "validate": lambda: validate(*made, policy),
+        "validate, operators=False": lambda: validate(*made, policy, operators=False),
+        "diagnose": lambda: diagnose(*made, policy, optimizer=optimizer),
+        "search": lambda: cw.search(*made, budget, formats=("bf16", "fp32")),
+    }
+    for tool in tools.values():
+        tool()  # what is compiled once is no cost of a model
+    step = step_time(made)
+    rows = []
+    for name, tool in tools.items():
+        begin = time.process_time()
+        tool()
+        spent = time.process_time() - begin
+        rows.append({"tool": name, "steps": spent / step, "step ms": 1e3 * step})
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
 
 
 class TurnsGradient(torch.autograd.Function):
@@ -321,11 +377,7 @@ def _values(model: nn.Module, batch: tuple[Any, Any]) -> list[torch.Tensor]:
 
 def story_table() -> list[dict[str, Any]]:
     """Diagnose the two failures, and tell what it took."""
-    spec = importlib.util.spec_from_file_location("failure_stories", STORIES)
-    assert spec is not None
-    assert spec.loader is not None
-    stories = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(stories)
+    stories = _module(STORIES)
     models = {n: stories.unitary_steps(n)[0] for n in (3, 8, 50)}
     rows = []
     for name, made, settings in (
@@ -339,22 +391,38 @@ def story_table() -> list[dict[str, Any]]:
     ):
         policy = preset("bf16-mixed" if name == "unitary_steps" else "32-true")
         step = step_time(made, 3)
-        begin = time.perf_counter()
+        begin = time.process_time()
         found = diagnose(*made, policy, **settings)
-        spent = time.perf_counter() - begin
+        spent = time.process_time() - begin
         rows.append({"story": name, "steps": spent / step, **found.record()})
         print(json.dumps(rows[-1]), flush=True)
     return rows
 
 
+def _module(path: Path) -> Any:
+    """Import a file of the examples."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
 def main() -> None:
     """Run the tables that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tables", nargs="+", default=["clean", "planted", "stories"])
+    tables = {
+        "clean": clean_table,
+        "recipes": recipe_table,
+        "costs": cost_table,
+        "planted": planted_table,
+        "stories": story_table,
+    }
+    parser.add_argument("--tables", nargs="+", choices=tables, default=list(tables))
     parser.add_argument("--write", type=Path, help="where the figures go, as JSON")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    tables = {"clean": clean_table, "planted": planted_table, "stories": story_table}
     found = {name: tables[name]() for name in arguments.tables}
     if arguments.write:
         machine = f"torch {torch.__version__}, {platform.machine()}, 1 thread"

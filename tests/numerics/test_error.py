@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
 import torch
 
 from castwise.errors import BudgetError, TargetError
-from castwise.formats import FORMATS
+from castwise.formats import FORMATS, parse_format
+from castwise.numerics import error
 from castwise.numerics.error import (
     Measures,
     NoiseRule,
@@ -152,3 +154,44 @@ def test_drift_of_the_loss_is_relative() -> None:
     assert loss_drift(-1.0, 1.0) == 2
     assert loss_drift(math.nan, 1.0) == math.inf
     assert loss_drift(0.0, 0.0) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 63, 1000])
+def test_one_pass_measures_what_operators_measure(
+    dtype: torch.dtype, size: int
+) -> None:
+    """Machine code on the CPU agrees with the operators that other devices use."""
+    torch.manual_seed(size)
+    wide = torch.randn(size, dtype=torch.float64) * 2.0 ** torch.randint(
+        -30, 9, (size,)
+    )
+    wide[::7] = 0
+    candidate, reference = (
+        {"a": wide.to(dtype), "b": [wide[:1]]},
+        {"a": wide, "b": [wide[:1] * 1.1]},
+    )
+    sums = error._sums(candidate, reference, "bf16")
+    assert sums is not None
+    compared = error._compared(candidate, reference)
+    close = functools.partial(pytest.approx, rel=1e-12, abs=1e-300)
+    assert sums.error == close(math.hypot(*(error._norm(e.error) for e in compared)))
+    assert error._ratio(sums.error, sums.wanted) == close(error._relative(compared))
+    assert error._ratio(sums.largest_error, sums.largest_wanted) == close(
+        error._maximum(compared)
+    )
+    assert sums.ulps == close(error._ulps(compared, parse_format("bf16")))
+    assert sums.cosine == close(error._cosine(compared))
+    assert sums.zero == share_zero(candidate)
+    assert sums.wanted_zero == share_zero(reference)
+
+
+@pytest.mark.parametrize("odd", [math.inf, math.nan, 1e-200, 1e200])
+def test_what_one_pass_cannot_sum_is_left_to_operators(odd: float) -> None:
+    """Sums of squares that overflow or vanish, and what is not finite."""
+    values = torch.ones(5, dtype=torch.float64)
+    strange = values * odd
+    assert error._sums(strange, values if odd != 1e-200 else strange * 2) is None
+    assert error._sums(values * 1j, values * 1j) is None
+    assert error._sums(torch.zeros(0), torch.zeros(0)) is None
+    assert measure(strange, strange).relative == 0

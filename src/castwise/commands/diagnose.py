@@ -11,11 +11,8 @@ from castwise.commands.options import (
     FAILURE,
     SUCCESS,
     chosen_policy,
-    json_option,
-    policy_options,
-    report_option,
-    target_argument,
-    write_json,
+    evidence_command,
+    write_evidence,
 )
 
 if TYPE_CHECKING:
@@ -24,9 +21,7 @@ if TYPE_CHECKING:
     from castwise.numerics.diagnose import Diagnosis
 
 
-@click.command("diagnose")
-@target_argument
-@policy_options
+@evidence_command("diagnose")
 @click.option(
     "--limit",
     type=float,
@@ -38,8 +33,6 @@ if TYPE_CHECKING:
     help="What an error may be.  [default: 16 roundings of the narrowest format]",
 )
 @click.option("--phase", default="full", show_default=True, help="The phase to try.")
-@report_option
-@json_option
 def command(
     target: str,
     policy: Path | None,
@@ -57,6 +50,7 @@ def command(
     """
     from rich.console import Console
 
+    from castwise.commands.diagnose_report import report_of
     from castwise.numerics.diagnose import diagnose
     from castwise.numerics.target import load_target
 
@@ -71,13 +65,9 @@ def command(
         tolerance=tolerance,
         phase=phase,
     )
-    if json_path is not None:
-        write_json(result.record(), json_path)
-    if report_path is not None:
-        from castwise.commands.diagnose_report import report_of
-        from castwise.report import write_report
-
-        write_report(report_of(result, target), report_path)
+    write_evidence(
+        result.record(), json_path, lambda: report_of(result, target), report_path
+    )
     console = Console()
     if result.evidence:
         console.print(evidence_table(result))

@@ -11,11 +11,8 @@ from castwise.commands.options import (
     FAILURE,
     SUCCESS,
     chosen_policy,
-    json_option,
-    policy_options,
-    report_option,
-    target_argument,
-    write_json,
+    evidence_command,
+    write_evidence,
 )
 from castwise.errors import SettingsError
 
@@ -26,9 +23,7 @@ if TYPE_CHECKING:
     from castwise.report import DataTable, Facts, Report
 
 
-@click.command("lint")
-@target_argument
-@policy_options
+@evidence_command("lint")
 @click.option("--phase", default="full", show_default=True, help="The phase to check.")
 @click.option(
     "--silence",
@@ -37,8 +32,6 @@ if TYPE_CHECKING:
     help="Accept what a check finds, everywhere or at places that fit a glob.",
 )
 @click.option("--target-loss", type=float, help="The loss that the run hopes to reach.")
-@json_option
-@report_option
 def command(
     target: str,
     policy: Path | None,
@@ -72,12 +65,9 @@ def command(
         target_loss=target_loss,
         phase=phase,
     )
-    if report_path is not None:
-        from castwise.report import write_report
-
-        write_report(report_of(looked, target), report_path)
-    if json_path is not None:
-        write_json(looked.record(), json_path)
+    write_evidence(
+        looked.record(), json_path, lambda: report_of(looked, target), report_path
+    )
     console = Console()
     for line in _lines(looked):
         console.print(line, highlight=False, soft_wrap=True, markup=False)

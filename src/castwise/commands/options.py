@@ -13,6 +13,7 @@ from castwise.errors import SettingsError, StorageError
 
 if TYPE_CHECKING:
     from castwise.policy import Policy
+    from castwise.report import Report
 
 DEFAULT_POLICY = "bf16-mixed"
 SUCCESS, FAILURE = 0, 1
@@ -42,6 +43,42 @@ def policy_options(command: Callable[..., Any]) -> Callable[..., Any]:
         metavar="NAME",
         help=f"A policy preset by its name.  [default: {DEFAULT_POLICY}]",
     )(command)
+
+
+def evidence_command(
+    name: str,
+) -> Callable[[Callable[..., int]], click.Command]:
+    """Make a command that looks at a target under a policy, and writes what it saw.
+
+    It is called with `target`, `policy`, `preset`, `report_path`, `json_path` and its
+    own options; `write_evidence` does the writing.
+    """
+
+    def made(command: Callable[..., int]) -> click.Command:
+        for add in (json_option, report_option, policy_options, target_argument):
+            command = add(command)
+        return click.command(name)(command)
+
+    return made
+
+
+def write_evidence(
+    record: Any,
+    json_path: Path | None,
+    report: Callable[[], Report],
+    report_path: Path | None,
+) -> None:
+    """Write the record and the page, where they are asked for.
+
+    Raises:
+        StorageError: A file cannot be written.
+    """
+    if json_path is not None:
+        write_json(record, json_path)
+    if report_path is not None:
+        from castwise.report import write_report
+
+        write_report(report(), report_path)
 
 
 def chosen_policy(policy: Path | None, preset: str | None) -> Policy:

@@ -11,11 +11,8 @@ from castwise.commands.options import (
     FAILURE,
     SUCCESS,
     chosen_policy,
-    json_option,
-    policy_options,
-    report_option,
-    target_argument,
-    write_json,
+    evidence_command,
+    write_evidence,
 )
 
 if TYPE_CHECKING:
@@ -26,9 +23,7 @@ if TYPE_CHECKING:
 _COLOURS = {"holds": "green", "own": "red", "inherited": "yellow"}
 
 
-@click.command("validate")
-@target_argument
-@policy_options
+@evidence_command("validate")
 @click.option(
     "--k",
     type=float,
@@ -44,8 +39,6 @@ _COLOURS = {"holds": "green", "own": "red", "inherited": "yellow"}
 @click.option("--seeds", default=1, show_default=True, help="How many seeds are tried.")
 @click.option("--phase", default="full", show_default=True, help="The phase to try.")
 @click.option("--modules", is_flag=True, help="Also show every module.")
-@report_option
-@json_option
 def command(
     target: str,
     policy: Path | None,
@@ -65,6 +58,7 @@ def command(
     """
     from rich.console import Console
 
+    from castwise.commands.validate_report import report_of
     from castwise.numerics.target import load_target
     from castwise.numerics.validate import validate
 
@@ -79,13 +73,9 @@ def command(
         seeds=tuple(range(seeds)),
         phase=phase,
     )
-    if json_path is not None:
-        write_json(result.record(), json_path)
-    if report_path is not None:
-        from castwise.commands.validate_report import report_of
-        from castwise.report import write_report
-
-        write_report(report_of(result, target), report_path)
+    write_evidence(
+        result.record(), json_path, lambda: report_of(result, target), report_path
+    )
     console = Console()
     console.print(result_table(result))
     if modules:

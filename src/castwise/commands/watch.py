@@ -12,11 +12,8 @@ from castwise.commands.options import (
     FAILURE,
     SUCCESS,
     chosen_policy,
-    json_option,
-    policy_options,
-    report_option,
-    target_argument,
-    write_json,
+    evidence_command,
+    write_evidence,
 )
 
 if TYPE_CHECKING:
@@ -29,9 +26,7 @@ MOST_LOST = 0.5
 """A verdict is negative where more updates than this share round to nothing."""
 
 
-@click.command("watch")
-@target_argument
-@policy_options
+@evidence_command("watch")
 @click.option(
     "--steps",
     type=click.IntRange(min=1),
@@ -49,8 +44,6 @@ MOST_LOST = 0.5
 @click.option(
     "--sentinel", is_flag=True, help="Take bad steps back, and promote modules."
 )
-@json_option
-@report_option
 def command(
     target: str,
     policy: Path | None,
@@ -82,12 +75,12 @@ def command(
         )
     run = prepare(found.model, found.optimizer, chosen)
     windows = _watched(found, run, steps, every, guarded=sentinel)
-    if report_path is not None:
-        from castwise.report import write_report
-
-        write_report(report_of(target, run, windows), report_path)
-    if json_path is not None:
-        write_json(_record(run, windows), json_path)
+    write_evidence(
+        _record(run, windows),
+        json_path,
+        lambda: report_of(target, run, windows),
+        report_path,
+    )
     console = Console()
     verdict, holds = judged(windows)
     console.print(verdict, highlight=False, soft_wrap=True, markup=False)

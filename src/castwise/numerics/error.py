@@ -27,12 +27,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from castwise.errors import BudgetError, TargetError
 from castwise.formats import Format, parse_format
+
+if TYPE_CHECKING:
+    from castwise.numerics.error_kernel import Sums
 
 DEFAULT_K = 1.5
 """How many times the noise floor an error may be."""
@@ -50,6 +53,9 @@ def relative_error(candidate: Any, reference: Any) -> float:
     Infinite where the candidate is not finite and the reference is, or where the
     reference is zero and the candidate is not.
     """
+    sums = _sums(candidate, reference)
+    if sums is not None:
+        return _ratio(sums.error, sums.wanted)
     return _relative(_compared(candidate, reference))
 
 
@@ -148,6 +154,17 @@ def measure(candidate: Any, reference: Any, fmt: str | Format = "fp32") -> Measu
     Raises:
         TargetError: Structures or shapes differ.
     """
+    sums = _sums(candidate, reference, fmt)
+    if sums is not None:
+        return Measures(
+            relative=_ratio(sums.error, sums.wanted),
+            maximum=_ratio(sums.largest_error, sums.largest_wanted),
+            ulp=sums.ulps,
+            cosine=sums.cosine,
+            nonfinite=0.0,
+            zero=sums.zero,
+            reference_zero=sums.wanted_zero,
+        )
     compared = _compared(candidate, reference)
     return Measures(
         relative=_relative(compared),
@@ -158,6 +175,18 @@ def measure(candidate: Any, reference: Any, fmt: str | Format = "fp32") -> Measu
         zero=share_zero(candidate),
         reference_zero=share_zero(reference),
     )
+
+
+def share_flushed(candidate: Any, reference: Any) -> float:
+    """The share of elements that are zero and should not be."""
+    sums = _sums(candidate, reference)
+    if sums is not None:
+        return sums.flushed
+    flushed = total = 0
+    for got, wanted in zip(*_side_by_side(candidate, reference), strict=True):
+        flushed += int(((got == 0) & (wanted != 0)).sum())
+        total += got.numel()
+    return flushed / total if total else 0.0
 
 
 def worst_of(measures: Iterable[Measures]) -> Measures | None:
@@ -228,8 +257,35 @@ class _Compared:
     error: torch.Tensor
 
 
+def _sums(candidate: Any, reference: Any, fmt: str | Format = "fp32") -> Sums | None:
+    """Sum in one pass where that can be; none where `_compared` has to."""
+    left, right = _side_by_side(candidate, reference)
+    if not all(each.device.type == "cpu" for each in (*left, *right)):
+        return None
+    from castwise.numerics.error_kernel import (  # noqa: PLC0415 -- imports numba
+        sums_of,
+    )
+
+    return sums_of(left, right, parse_format(fmt))
+
+
 def _compared(candidate: Any, reference: Any) -> list[_Compared]:
-    """Walk two structures side by side."""
+    """Compare two structures tensor by tensor."""
+    found = []
+    for one, other in zip(*_side_by_side(candidate, reference), strict=True):
+        got, wanted = _wide(one), _wide(other)
+        found.append(_Compared(got=got, wanted=wanted, error=_difference(got, wanted)))
+    return found
+
+
+def _side_by_side(
+    candidate: Any, reference: Any
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Walk two structures side by side.
+
+    Raises:
+        TargetError: Structures or shapes differ.
+    """
     left, right = list(tensors_of(candidate)), list(tensors_of(reference))
     if [path for path, _ in left] != [path for path, _ in right]:
         raise TargetError(
@@ -237,7 +293,6 @@ def _compared(candidate: Any, reference: Any) -> list[_Compared]:
             f"and {len(right)} floating tensors at {[path for path, _ in left][:4]} "
             f"and {[path for path, _ in right][:4]}"
         )
-    found = []
     for (path, one), (_, other) in zip(left, right, strict=True):
         if one.shape != other.shape:
             raise TargetError(
@@ -245,9 +300,7 @@ def _compared(candidate: Any, reference: Any) -> list[_Compared]:
                 f"{tuple(one.shape)} and {tuple(other.shape)} at "
                 f"{path or 'the output'}"
             )
-        got, wanted = _wide(one), _wide(other)
-        found.append(_Compared(got=got, wanted=wanted, error=_difference(got, wanted)))
-    return found
+    return [one for _, one in left], [other for _, other in right]
 
 
 def _relative(compared: list[_Compared]) -> float:

@@ -11,6 +11,7 @@ of fp32 tensors that the device's switches let it round to tf32 are counted as t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -91,6 +92,7 @@ def stage_now(*, updating: bool = False) -> Stage:
     return "recompute" if is_forward else "backward"
 
 
+@functools.cache
 def is_view(func: OpOverload) -> bool:
     """Whether the result is an input seen otherwise, and nothing is computed."""
     returns = func._schema.returns  # noqa: SLF001 -- the schema has no public name
@@ -123,6 +125,7 @@ def _op_and_formats(
     return OUTER_OPERATORS.get(name, name), tuple(map(format_name, ordered))
 
 
+@functools.cache
 def _bare_name(func: OpOverload) -> str:
     name: str = func._schema.name  # noqa: SLF001 -- the schema has no public name
     return operator_name(name)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import random
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -138,12 +139,20 @@ class Wide(TorchFunctionMode):
                 self._note(name, value)
         in_place = name.endswith("_") or name == "__setitem__"
         kept = args[:1] if in_place else ()
-        rest = tree_map(self.widen, args[len(kept) :])
+        rest = map(self._widened, args[len(kept) :])
         named = {
-            key: value if key == "out" else tree_map(self.widen, value)
+            key: value if key == "out" else self._widened(value)
             for key, value in kwargs.items()
         }
         return func(*kept, *rest, **named)
+
+    def _widened(self, value: Any) -> Any:
+        """Widen whatever a structure holds; most arguments hold nothing."""
+        if isinstance(value, (torch.Tensor, torch.dtype)):
+            return self.widen(value)
+        if isinstance(value, (tuple, list, dict)):
+            return tree_map(self.widen, value)
+        return value
 
     def _wide_dtype(self, dtype: torch.dtype) -> torch.dtype | None:
         """The wide dtype for one that is narrower; none for all others."""
@@ -186,6 +195,7 @@ class SameDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **kwargs)
 
 
+@functools.cache
 def is_random(func: Any) -> bool:
     """Whether an operator reads the state of a generator."""
     return torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())

@@ -144,7 +144,7 @@ def test_every_operator_knows_its_module_stage_and_line() -> None:
     forward, backward = [run for run in softmax if "softmax" in run.op]
     for run in (forward, backward):
         assert run.module == "blocks.0.attention"
-        assert run.where.endswith(f"test_contract.py:{line}")
+        assert run.where.endswith(f"test_proof.py:{line}")
         assert (run.promised, run.actual, run.fault) == ("fp32", "fp32", None)
     assert (forward.stage, backward.stage) == ("forward", "backward")
     into = [r for r in proof.operators if r.module == "blocks.0.attention.into"]
@@ -203,7 +203,7 @@ def test_a_cast_by_hand_is_a_breach(how: str) -> None:
     assert breach.kind == "cast"
     assert breach.module == "0"
     line = line_of(Rebel.forward, f"h.{how}(")
-    assert breach.where.endswith(f"test_contract.py:{line}")
+    assert breach.where.endswith(f"test_proof.py:{line}")
     assert f".{how}() casts by hand" in breach.because
     assert "op: to" in breach.because
 
@@ -329,7 +329,7 @@ def test_a_custom_function_is_judged_forward_and_backward() -> None:
     (product,) = only(proof.breaches, kind="format")
     assert (product.module, product.what) == ("0", "mm in backward")
     line = line_of(Doubled.backward, "grad.float()")
-    assert product.where.endswith(f"test_contract.py:{line}")
+    assert product.where.endswith(f"test_proof.py:{line}")
 
 
 @torch.library.custom_op("castwise_contract_test::scan", mutates_args=())

@@ -15,7 +15,7 @@ from castwise.errors import TargetError
 from castwise.numerics.diagnose import Diagnosis, diagnose
 from castwise.policy import Policy, preset
 
-STORIES = Path(__file__).parents[2] / "examples" / "failure_stories.py"
+STORIES = Path(__file__).parents[3] / "examples" / "failure_stories.py"
 LOW = Policy.parse("castwise: 1\nname: low\ndefault: p=bf16,c=bf16,o=bf16,r=fp32\n")
 
 
@@ -352,6 +352,6 @@ def test_mistakes_are_told_in_one_sentence() -> None:
     with pytest.raises(TargetError, match="a measure needs a limit"):
         diagnose(torch.tanh, [(x,)], measure=lambda o, _: o.sum())
     with pytest.raises(
-        TargetError, match=r"raised: .*size.* at .*test_diagnose.py:\d+"
+        TargetError, match=r"raised: .*size.* at .*test_diagnosis.py:\d+"
     ):
         diagnose(lambda x: x @ x[:2], [(x,)])

@@ -61,7 +61,7 @@ def test_an_overflow_names_operator_module_line_and_value() -> None:
     assert found.values == (12.0,)
     assert found.format_max == 65504.0
     assert found.is_range
-    assert "test_forensics.py:" in found.where
+    assert "test_nonfinite.py:" in found.where
     assert "overflows fp16: it made inf from 12, and" in str(found)
 
 
@@ -129,7 +129,7 @@ def test_a_backward_is_told_with_the_line_of_its_forward() -> None:
     assert found is not None
     assert (found.stage, found.node, found.kind) == ("backward", "sqrt", "nan")
     assert found.module == "1"
-    assert "test_forensics.py:" in found.where
+    assert "test_nonfinite.py:" in found.where
     assert "in the backward of sqrt" in str(found)
 
 

@@ -148,12 +148,47 @@ def test_what_was_fed_wrong_inputs_is_not_blamed() -> None:
     blamed = found.blamed()
     assert blamed[0].module == "cancels"
     assert blamed[0].basis == "reference"
-    assert "test_validate.py" in blamed[0].where
+    assert "test_validation.py" in blamed[0].where
     with pytest.raises(
         BudgetError, match=r"broken.*\n.*output .* of 6\.\de-02"
     ) as error:
         found.check()
     assert "operator cancels: sub in forward" in str(error.value)
+
+
+class CancelsWhatIsLarge(nn.Module):
+    """Harmless on small inputs."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Add a lot where the input is large, take it away."""
+        far = 1e5 * (x.abs().amax() > 50)
+        return (x + far) - far
+
+
+def test_operators_are_tried_again_where_another_batch_puts_a_module_off() -> None:
+    """Once on the first batch; on a later one only if it has something new to tell."""
+    low = Policy.parse(
+        "castwise: 1\ndefault: p=bf16,c=bf16,o=bf16,r=fp32\n"
+        "rules: [{op: add, category: low}, {op: sub, category: low}]\n"
+    )
+    model = Delicate()
+    model.cancels = CancelsWhatIsLarge()
+    x, wanted = torch.randn(9, 15), torch.randn(9, 15)
+    calm, wild = (x, wanted), (1000 * x, wanted)
+
+    def subtractions(*batches: tuple[torch.Tensor, torch.Tensor]) -> tuple[int, bool]:
+        found = validate(model, batches, functional.mse_loss, low)
+        tried = [
+            each
+            for each in found.operators
+            if (each.op, each.stage) == ("sub", "forward")
+        ]
+        verdict = next(each for each in found.modules if each.module == "cancels")
+        return sum(each.num_calls for each in tried), verdict.state == "own"
+
+    assert subtractions(calm, calm, calm) == (1, False)
+    assert subtractions(calm, wild, wild, calm) == (2, True)
+    assert subtractions(wild, calm, wild) == (1, True)
 
 
 def test_a_reference_that_is_the_candidate_is_no_reference() -> None:
@@ -202,7 +237,7 @@ def test_formats_named_by_hand_are_told() -> None:
 
     found = validate(Casts(15, 5), batches(1), functional.mse_loss, BF16)
     assert len(found.lifted) == 1
-    assert "test_validate.py" in found.lifted[0]
+    assert "test_validation.py" in found.lifted[0]
     assert found.lifted[0].endswith("to names fp32")
 
 
@@ -267,7 +302,7 @@ def test_a_model_that_fails_by_itself_is_not_blamed_on_float64() -> None:
             return super().forward(x[..., :3])
 
     with pytest.raises(
-        TargetError, match=r"the model raised at .*test_validate.py:\d+"
+        TargetError, match=r"the model raised at .*test_validation.py:\d+"
     ):
         validate(Broken(15, 5), batches(1), functional.mse_loss, BF16)
 
@@ -440,7 +475,7 @@ def test_a_function_that_raises_is_named_with_its_line() -> None:
 
     x = torch.randn(5, 5)
     with pytest.raises(
-        TargetError, match=r"candidate raises raised at .*test_validate"
+        TargetError, match=r"candidate raises raised at .*test_validation"
     ):
         validate_function(raises, other, [(x,)])
     with pytest.raises(TargetError, match=r"same shapes, got \(5, 5\) and \(3, 5\)"):

@@ -14,6 +14,7 @@ them in float64 for comparison.
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -26,7 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from castwise.numerics.call_site import CallSite, CallSites
-from castwise.numerics.error import NoiseRule, relative_error, tensors_of
+from castwise.numerics.error import NoiseRule, relative_error, share_flushed, tensors_of
 from castwise.numerics.operator_call import (
     CAST,
     OperatorCall,
@@ -287,6 +288,7 @@ class OperatorsOnTrial(SameDraws):  # type: ignore[no-untyped-call]
         return origin or self._sites.here()
 
 
+@functools.cache
 def _is_tried(func: Any) -> bool:
     return (
         not isinstance(func, HigherOrderOperator)
@@ -340,7 +342,7 @@ def _trial(
         # Any operator comes here, with arguments of other formats than it was given;
         # what one without such a kernel raises is its own choice. It is told: untried.
         return None
-    return basis, error, floor, max(map(_flushed, got, wanted), default=0.0)
+    return basis, error, floor, max(map(share_flushed, got, wanted), default=0.0)
 
 
 def _as_candidate(candidate: Any, fed: Any) -> Any:
@@ -406,10 +408,6 @@ def _compared(result: Any) -> Iterator[torch.Tensor]:
     for _, each in tensors_of(result if isinstance(result, tuple) else (result,)):
         if each.numel():
             yield each
-
-
-def _flushed(got: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float(((got == 0) & (wanted != 0)).float().mean())
 
 
 def _tensors(leaves: list[Any]) -> Iterator[torch.Tensor]:

@@ -56,7 +56,12 @@ from castwise.numerics.validate.operators_on_trial import (
     ReferenceOperators,
 )
 from castwise.numerics.validate.three_runs import BaselineRun, CandidateRun, WideRun
-from castwise.numerics.validate.verdicts import Judged, ModuleVerdict, Validation
+from castwise.numerics.validate.verdicts import (
+    Judged,
+    ModuleVerdict,
+    Validation,
+    excess_of,
+)
 from castwise.policy.rules import Policy
 from castwise.region import Region
 
@@ -93,8 +98,10 @@ def validate(
             format of the policy.
         seeds: Of random draws in the model, such as dropout masks.
         phase: The phase to validate.
-        operators: Whether operators are tried alone; it takes two more runs of each,
-            and memory for the activations of the reference.
+        operators: Whether operators are tried alone: all of them on the first batch and
+            seed, and again on each other that puts a module off that none did before.
+            It takes two more runs of each, and memory for the activations of the
+            reference.
 
     Raises:
         PolicyError: The policy cannot be put on this model.
@@ -124,20 +131,16 @@ def validate(
                 Region.of(policy, phase, (applied,)),
                 loss_scale_of(policy.decide_loss_scale().value).scale,
             )
-            tally = _Tally(model, fmt)
+            tally = _Tally(model, fmt, rule)
             for seed in seeds:
                 for batch in checked:
-                    recorder = ReferenceOperators(exact.module) if operators else None
-                    modes = [recorder] if recorder else []
-                    try:
-                        right = exact.run(batch, seed, *modes)
-                    except TargetError:
-                        candidate.run(batch, seed)  # its own error is told first
-                        raise
-                    got = candidate.run(batch, seed, recorder)
+                    tries = operators and tally.is_empty
+                    right, got = _run_both(exact, candidate, batch, seed, tries=tries)
                     tally.add(right, got, baseline.run(batch, seed))
+                    if operators and tally.is_news and not tries:
+                        _run_both(exact, candidate, batch, seed, tries=True)
             tried = candidate.operators
-            modules = tally.verdicts(applied, rule, tried)
+            modules = tally.verdicts(applied, tried)
         finally:
             applied.remove()
     return Validation(
@@ -148,7 +151,7 @@ def validate(
         because=because,
         num_batches=len(checked),
         seeds=tuple(seeds),
-        results=tally.results(rule),
+        results=tally.results(),
         loss_drift=tally.drift,
         loss_floor=tally.drift_floor,
         scale=candidate.scale,
@@ -158,6 +161,19 @@ def validate(
         lifted=exact.lifted,
         compared=tally.compared,
     )
+
+
+def _run_both(
+    exact: WideRun, candidate: CandidateRun, batch: Batch, seed: int, *, tries: bool
+) -> tuple[ModuleRun, ModuleRun]:
+    """Run reference and candidate on one batch and seed, with operators on trial."""
+    recorder = ReferenceOperators(exact.module) if tries else None
+    try:
+        right = exact.run(batch, seed, *([recorder] if recorder else []))
+    except TargetError:
+        candidate.run(batch, seed)  # its own error is told first
+        raise
+    return right, candidate.run(batch, seed, recorder)
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -196,9 +212,12 @@ def narrowest_format(applied: AppliedPolicy) -> str:
 class _Tally:
     """The worst of everything, over batches and seeds."""
 
-    def __init__(self, model: nn.Module, fmt: str) -> None:
+    def __init__(self, model: nn.Module, fmt: str, rule: NoiseRule) -> None:
         self._kinds = {fqn: type(m).__name__ for fqn, m in model.named_modules()}
-        self._fmt = fmt
+        self._fmt, self._rule = fmt, rule
+        self._off: set[str] = set()
+        self.is_news = False
+        """Whether the latest batch put a module off that none did before."""
         self._whole: dict[str, Measures] = {}
         self._floor: dict[str, Measures] = {}
         self._modules: dict[str, ModuleMeasures] = {}
@@ -222,6 +241,18 @@ class _Tally:
                 _keep_worst(self._module_floors, fqn, found)
             drift = loss_drift(each.outcome.loss, right.outcome.loss)
             self.drift_floor = max(self.drift_floor, drift)
+        off = {
+            fqn
+            for fqn, found in self._modules.items()
+            if excess_of(found, self._module_floors[fqn], self._rule) > 1
+        }
+        self.is_news = not off <= self._off
+        self._off |= off
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was added so far."""
+        return not self._whole
 
     @property
     def compared(self) -> bool:
@@ -233,28 +264,27 @@ class _Tally:
         counted = computed if len(computed) > 1 else self._whole
         return any(m.relative or m.nonfinite for m in counted.values())
 
-    def results(self, rule: NoiseRule) -> tuple[Judged, ...]:
+    def results(self) -> tuple[Judged, ...]:
         """Output and gradients beside their floors."""
         return tuple(
-            Judged(name=name, measures=found, floor=self._floor[name], rule=rule)
+            Judged(name=name, measures=found, floor=self._floor[name], rule=self._rule)
             for name, found in self._whole.items()
         )
 
     def verdicts(
         self,
         applied: AppliedPolicy,
-        rule: NoiseRule,
         operators: Sequence[OperatorError],
     ) -> tuple[ModuleVerdict, ...]:
         """Each module, and whose fault it is where one is off."""
-        guilty = [each for each in operators if not each.holds(rule)]
+        guilty = [each for each in operators if not each.holds(self._rule)]
         return tuple(
             _verdict(
                 fqn,
                 self._kinds[fqn],
                 applied,
                 (found, self._module_floors[fqn]),
-                rule,
+                self._rule,
                 guilty,
             )
             for fqn, found in self._modules.items()

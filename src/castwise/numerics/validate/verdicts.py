@@ -91,20 +91,11 @@ class ModuleVerdict:
 
     def errors(self) -> dict[str, tuple[float, float]]:
         """Name -> error and floor, of what could be measured."""
-        found = {}
-        for name in ("output", "output_gradient"):
-            pair = getattr(self.measures, name), getattr(self.floor, name)
-            if None not in pair:
-                found[name] = pair[0].relative, pair[1].relative
-        if self.measures.weight_gradient is not None:
-            floor = self.floor.weight_gradient or 0.0
-            found["weight_gradient"] = self.measures.weight_gradient, floor
-        return found
+        return _errors_of(self.measures, self.floor)
 
     def excess(self, rule: NoiseRule) -> float:
         """The largest error over its limit; above 1 it does not hold."""
-        shares = (_over(e, rule.limit(floor)) for e, floor in self.errors().values())
-        return max(shares, default=0.0)
+        return excess_of(self.measures, self.floor, rule)
 
     def __str__(self) -> str:
         listed = ", ".join(
@@ -115,6 +106,30 @@ class ModuleVerdict:
         return (
             f"{self.module or '(model)'} in {self.compute}: {self.state}: {listed}{why}"
         )
+
+
+def excess_of(
+    measures: ModuleMeasures, floor: ModuleMeasures, rule: NoiseRule
+) -> float:
+    """The largest error of a module over its limit; above 1 it does not hold."""
+    errors = _errors_of(measures, floor).values()
+    return max((_over(error, rule.limit(own)) for error, own in errors), default=0.0)
+
+
+def _errors_of(
+    measures: ModuleMeasures, floor: ModuleMeasures
+) -> dict[str, tuple[float, float]]:
+    found = {}
+    for name in ("output", "output_gradient"):
+        pair = getattr(measures, name), getattr(floor, name)
+        if None not in pair:
+            found[name] = pair[0].relative, pair[1].relative
+    if measures.weight_gradient is not None:
+        found["weight_gradient"] = (
+            measures.weight_gradient,
+            floor.weight_gradient or 0.0,
+        )
+    return found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

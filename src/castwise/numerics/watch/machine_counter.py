@@ -6,14 +6,14 @@ Everything else (another device, fp64, a view with holes) is counted by operator
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, final
+from typing import final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from castwise.numerics.half_table import halves
 from castwise.numerics.watch import counting_kernel as kernel
 from castwise.numerics.watch.exponents import NUM_BINS
 from castwise.numerics.watch.samples import SAMPLE, half_ulps
@@ -80,7 +80,7 @@ class MachineCounter:
             _FORMATS[tensor.dtype],
             tensor.numel(),
             self._draws,
-            _halves(),
+            halves(),
             self._scratch,
             self._of_step,
             row,
@@ -121,7 +121,7 @@ class MachineCounter:
         kernel.count_weights(
             self._table,
             self._draws,
-            _halves(),
+            halves(),
             self._old,
             self._gradients,
             self._of_step,
@@ -141,7 +141,7 @@ class MachineCounter:
         kernel.count_lost(
             self._table[kept],
             self._draws,
-            _halves(),
+            halves(),
             self._scratch,
             self._old,
             self._gradients,
@@ -165,11 +165,3 @@ class MachineCounter:
         self._counts.fill(0)
         self._lost.fill(0)
         return found
-
-
-@functools.cache
-def _halves() -> NDArray[Any]:
-    """The bits in fp32 of each number of fp16, by its own bits."""
-    bits = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16)
-    found: NDArray[Any] = bits.view(torch.float16).float().view(torch.int32).numpy()
-    return found
