@@ -91,7 +91,7 @@ def test_infinite_loads_stay_infinite_and_nan_never_appears() -> None:
     belief = Belief(problem, trials, 1.0)
     assert math.isinf(low_loads(belief)[1])
     best = trials[1]
-    prospect = belief.best_prospect(best, {each.choice for each in trials}, [])
+    prospect = belief.best_prospect(best, {each.choice for each in trials})
     assert prospect is None or prospect.choice[1] == 1
 
 
@@ -101,7 +101,7 @@ def test_an_exchange_is_seen_where_no_single_change_fits() -> None:
     best = trial(problem, (0, 1), math.sqrt(0.8))
     both = trial(problem, (0, 0), math.sqrt(1.6))
     belief = Belief(problem, [best, both], 1.0)
-    prospect = belief.best_prospect(best, {best.choice, both.choice}, [])
+    prospect = belief.best_prospect(best, {best.choice, both.choice})
     assert prospect is not None
     assert prospect.choice == (1, 0)
     assert 0 < prospect.gain < 4.0

@@ -30,6 +30,7 @@ _DEVIATION = 0.7  # of a load that was only scored, relative to it
 _LEAST = 1e-3  # deviation of any load, relative to what is allowed in all
 _INTERPLAY = 0.2  # by how much sums of loads are off, relative to what is allowed
 _NOISE = 1e-3  # of a measure, relative to what is allowed
+_SHARES = (0.9, 1.0, 1.15)  # of the margin, to solve for
 _MOST_MOVES = 400  # those that change the cost the most; pairs of them are looked at
 
 
@@ -172,19 +173,24 @@ class Belief:
             for new, old in zip(rows, self._problem.loads, strict=True)
         ]
 
-    def best_prospect(
-        self, best: Trial, tried: set[Choice], others: Sequence[Choice]
-    ) -> Prospect | None:
+    def solved(self) -> Iterator[Choice]:
+        """Solve with what is believed, a little below the budget and above it."""
+        loads, margin = self.loads(), math.sqrt(self._allowed)
+        for share in _SHARES:
+            choice = self._problem.solve(share * margin, loads)
+            if choice is not None:
+                yield choice
+
+    def best_prospect(self, best: Trial, tried: set[Choice]) -> Prospect | None:
         """The choice from which the largest saving is expected, if there is any.
 
         Args:
             best: The cheapest trial that held.
             tried: What was run.
-            others: Choices to look at beside those that change one group or two.
         """
         found = [
             Prospect(choice=choice, gain=self._gain(best, choice))
-            for choice in others
+            for choice in dict.fromkeys(self.solved())
             if choice not in tried
         ]
         found += itertools.islice(self._neighbours(best, tried), 1)

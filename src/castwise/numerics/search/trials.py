@@ -28,7 +28,6 @@ from castwise.numerics.search.record_file import Record, digest_of
 from castwise.numerics.search.scoring import Report
 from castwise.policy.rules import Policy
 
-_SHARES = (0.9, 1.0, 1.15)  # of the budget, to solve for with what trials taught
 _WORTH = 1e-3  # of the cost: what a trial must be expected to save
 _WIDEST_STEP = 16.0  # by which one trial may change what is predicted
 _CAUTION = 0.96  # by how much more a prediction is lowered after a failure
@@ -208,14 +207,10 @@ class Trials:
 
     def polished(self, problem: Problem, best: Trial) -> Trial:
         """Spend the trials that are left where the most is expected to be saved."""
-        margin = self._margin
         while len(self.done) < self._most:
-            belief = Belief(problem, self.done, margin)
-            solved = (
-                problem.solve(share * margin, belief.loads()) for share in _SHARES
-            )
+            belief = Belief(problem, self.done, self._margin)
             tried = {trial.choice for trial in self.done}
-            prospect = belief.best_prospect(best, tried, [c for c in solved if c])
+            prospect = belief.best_prospect(best, tried)
             if prospect is None or prospect.gain < _WORTH * best.cost:
                 break
             trial = self._try(problem, prospect.choice)
