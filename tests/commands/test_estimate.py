@@ -97,7 +97,7 @@ def test_every_named_optimizer_works(run: Run, target: str, name: str) -> None:
         (("--optimizer", "admw"), "did you mean adamw"),
         (("--storage", "split"), "holds none"),
         (("--preset", "bf16-true", "--storage", "spilt"), "storage"),
-        (("--recompute", "nine"), "matches none"),
+        (("--recompute", "nine"), "finds no module"),
         (("--batch-size", 0), "0 is not in the range"),
     ],
 )

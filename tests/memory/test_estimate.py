@@ -135,7 +135,7 @@ def sums(lifetimes: Lifetimes, *kinds: str) -> int:
 STANDING = ("weights", "storage", "states", "buffers", "batch")
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", ["torch", "adamw8bit"])
 @pytest.mark.parametrize("policy", ["32-true", "bf16-mixed", "bf16-true"])
 @pytest.mark.parametrize("kind", ["language", "recomputed", "conv"])
 def test_estimate_is_what_a_real_step_holds(
@@ -154,7 +154,7 @@ def test_estimate_is_what_a_real_step_holds(
     assert told.peak_bytes == pytest.approx(real.peak()[1], rel=5e-3)
 
 
-@pytest.mark.parametrize("optimizer", ["torch", "adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["fused", "adamw", "sgd"])
 @pytest.mark.parametrize("storage", list(STORAGES))
 def test_every_storage_is_told(storage: str, optimizer: str) -> None:
     """Whatever stands beside weights in 16 bits, and what it takes to step them."""
@@ -243,7 +243,7 @@ def test_mistakes_are_told() -> None:
     other = torch.optim.SGD(nn.Linear(3, 3).parameters())
     with pytest.raises(SettingsError, match="optimizer of this model"):
         estimate(model, batch, loss_of, optimizer=other)
-    with pytest.raises(SettingsError, match="matches none"):
+    with pytest.raises(SettingsError, match="finds no module"):
         estimate(model, batch, loss_of, recompute=("block.*",))
     with pytest.raises(SettingsError, match="policy asks for"):
         estimate(model, batch, loss_of, storage="split")

@@ -18,13 +18,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils.checkpoint import checkpoint
 
 from castwise.errors import CastwiseError, SettingsError, TargetError
 from castwise.fitting import device_of
@@ -34,9 +32,10 @@ from castwise.memory.estimate_fakes import fake_like, fake_mode, fake_model
 from castwise.memory.estimate_records import Estimate, estimate_of
 from castwise.memory.estimate_update import MakesOptimizer, Update
 from castwise.memory.lifetimes import Ledger, Lifetimes
+from castwise.memory.recompute import is_recomputed
+from castwise.memory.recompute import recompute as put_recompute
 from castwise.policy.rules import Policy
 from castwise.region import Region
-from castwise.wording import did_you_mean
 
 LossFn: TypeAlias = Callable[[Any, Any], torch.Tensor]
 """From the model's output and the target to a scalar."""
@@ -281,33 +280,13 @@ def _shown(value: Any) -> str:
     return type(value).__name__
 
 
-def _put_recompute(model: nn.Module, recompute: Recompute) -> tuple[str, ...]:
+def _put_recompute(model: nn.Module, asked: Recompute) -> tuple[str, ...]:
     """Let modules run again in the backward; return their fqns."""
-    if callable(recompute):
-        recompute(model)
-        return ()
-    chosen: list[str] = []
-    names = [fqn for fqn, _ in model.named_modules() if fqn]
-    for glob in recompute:
-        found = [fqn for fqn in names if fnmatchcase(fqn, glob)]
-        if not found:
-            raise SettingsError(
-                f"recompute needs globs for modules, and {glob!r} matches none"
-                f"{did_you_mean(glob, names)}"
-            )
-        chosen += found
-    for fqn in dict.fromkeys(chosen):
-        _recompute(model.get_submodule(fqn))
-    return tuple(dict.fromkeys(chosen))
-
-
-def _recompute(module: nn.Module) -> None:
-    forward = module.forward
-
-    def again(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-    module.forward = again
+    if callable(asked):
+        asked(model)
+    elif asked:
+        put_recompute(model, modules=asked)
+    return tuple(fqn for fqn, each in model.named_modules() if is_recomputed(each))
 
 
 def _first_line(error: Exception) -> str:
