@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from castwise.errors import SettingsError, SolverError
-from castwise.layers import reference, resolvent_solve
+from castwise.layers import reference, resolvent_kernel, resolvent_solve
 from castwise.layers.legacy_gradients import resolvent_diagonal_with_legacy_gradient
 from castwise.layers.resolvent import ResolventPrecision, resolvent_diagonal
 
@@ -28,13 +28,15 @@ def chain(num_sites: int, *, batch: int = 3, eta: float = 1.0, seed: int = 0) ->
     return d, b, b.flip(-1) + 0.25, torch.tensor(0.3 + 1j * eta)
 
 
-@pytest.fixture(params=["kernel", "odd_even"])
+@pytest.fixture(params=["kernel", "kernel in tiles", "odd_even"])
 def tier(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Run a test with the compiled kernel and with plain torch."""
+    """Run a test with the compiled kernel, whole and in tiles, and with plain torch."""
     if request.param == "odd_even":
         monkeypatch.setattr(resolvent_solve, "_kernel_fits", lambda _: False)
     else:
         assert resolvent_solve.kernel_available().value
+    if request.param == "kernel in tiles":
+        monkeypatch.setattr(resolvent_kernel, "WHOLE", 0)
     return str(request.param)
 
 
@@ -129,7 +131,7 @@ def test_gradients_of_complex_chains_are_exact() -> None:
 @pytest.mark.parametrize("eta", [1.0, 0.1])
 def test_gradients_agree_with_autograd_through_the_dense_inverse(eta: float) -> None:
     """Cut bonds (b_i = 0, c_i = 0) included: no 0 / 0 anywhere."""
-    d, b, c, z = chain(128, eta=eta)
+    d, b, c, z = chain(300, eta=eta)
     b[:, 5] = 0
     c[:, 9] = 0
     found, expected = [], []
@@ -139,7 +141,7 @@ def test_gradients_agree_with_autograd_through_the_dense_inverse(eta: float) -> 
     ):
         args = [x.clone().requires_grad_() for x in (d, b, c, z.to(torch.complex128))]
         out = function(*args)
-        upstream = torch.polar(torch.ones(128).double(), torch.arange(128).double())
+        upstream = torch.polar(torch.ones(300).double(), torch.arange(300).double())
         out.backward(upstream.expand_as(out))
         into += [x.grad for x in args]
     for one, other in zip(found, expected, strict=True):

@@ -1,9 +1,10 @@
 """The resolvent of a real tridiagonal chain on the CPU, as a SIMD kernel (numba).
 
 Rows of the batch travel in the lanes of vector registers. A long chain is cut into
-tiles that stay in cache; between passes only the value that crosses each tile border is
-kept, so memory traffic is input plus output. The recurrences (a_i = d_i - z,
-k_i = upper_i * lower_i; `left` and `right` are the pulls of the two neighbours):
+tiles that stay in the first-level cache; between passes only the value that crosses
+each tile border is kept, so memory traffic is input plus output. The recurrences
+(a_i = d_i - z, k_i = upper_i * lower_i; `left` and `right` are the pulls of the two
+neighbours):
 
     left pivot    u_i = a_i - left_i,    left_(i+1)  = k_i / u_i
     right pivot   w_i = a_i - right_i,   right_(i-1) = k_(i-1) / w_i
@@ -36,11 +37,12 @@ Index = Any  # unsigned inside a tile, signed across the batch
 Real = Any  # scalar of the arithmetic
 
 MAX_LANES = 16
-TILE = 128  # sites that are worked on at once
+TILE = 128  # sites of a long chain that are worked on at once
+WHOLE = 1024  # a chain of up to so many is one tile: its borders are known beforehand
 
 ONE = np.uint64(1)
 SITE = np.uint64(MAX_LANES)  # from one site to the next
-NEXT = np.uint64((TILE + 1) * MAX_LANES)  # from one field to the next
+NEXT = np.uint64((WHOLE + 1) * MAX_LANES)  # from one field to the next
 
 
 def field(place: int) -> np.uint64:
@@ -452,7 +454,8 @@ def scratch(
     if s is None:
         s = np.zeros(NUM_FIELDS * int(NEXT), dtype=compute)
         setattr(_per_thread, name, s)
-    num_tiles = -(-length // TILE)
+    tile = length if length <= WHOLE else TILE
+    num_tiles = -(-length // tile)
     lanes = 8 if num_rows <= 8 else MAX_LANES
     borders = np.zeros((4, max(num_tiles, 2), 2, MAX_LANES), dtype=compute)
-    return compute(1), s, borders, TILE, np.uint64(lanes)
+    return compute(1), s, borders, tile, np.uint64(lanes)

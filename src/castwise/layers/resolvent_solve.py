@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from castwise.decision import Decision
-from castwise.layers.odd_even import diagonal_and_bonds, linear_scan
+from castwise.layers.odd_even import diagonal_along, diagonal_and_bonds, linear_scan
 from castwise.layers.projective import row_diagonal, row_gradient
 
 
@@ -114,16 +114,24 @@ def gradient(chain: Chain, upstream: Tensor, *, wide: bool, need_k: bool) -> Gra
     if _kernel_fits(chain):
         result = _kernel_backward(chain, upstream, wide, need_k)
     else:
-        a = chain.a(wide)
-        out, bonds = diagonal_and_bonds(a, chain.k.to(a.dtype))
-        iu = left_inverse(out, bonds)
-        iw = right_inverse(out, bonds)
-        out = iu if chain.causal else out
-        result = adjoint(chain, out, iu, iw, upstream, need_k=need_k)
+        result = _plain_gradient(chain, upstream, wide, need_k)
     broken = ~torch.isfinite(torch.view_as_real(result.point))
     if broken.any():
         _repair(chain, upstream, result, broken.any(-1))
     return result
+
+
+def _plain_gradient(
+    chain: Chain, upstream: Tensor, wide: bool, need_k: bool
+) -> Gradient:
+    """Run the adjoint in plain torch."""
+    a = chain.a(wide)
+    k = chain.k.to(a.dtype)
+    if chain.causal:
+        inverse = left_inverse(*diagonal_and_bonds(a, k))
+        return adjoint(chain, inverse, inverse, inverse, upstream, need_k=need_k)
+    _, site, bond = diagonal_along(a, k, upstream.conj().to(a.dtype).resolve_conj())
+    return Gradient(site, -bond if need_k else None, -site.sum(-1))
 
 
 def left_inverse(diagonal_: Tensor, bonds: Tensor) -> Tensor:
