@@ -32,6 +32,9 @@ from castwise.errors import SettingsError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+AS_IS = "as they are"
+"""The name of the store that takes nothing."""
+
 BLOCK = 64
 """Numbers that share a scale in 8 bits."""
 
@@ -39,6 +42,7 @@ _CODES = 127
 _FP16_MAX = 65504.0
 _FP16_SMALL = 2.0**-6  # below it too much of a tensor lies in fp16's subnormals
 _SIXTEEN = ("fp16", "bf16")
+_NAMES = (*_SIXTEEN, "int8")
 
 
 class Kept(ABC):
@@ -146,6 +150,19 @@ class _Codes(Kept):
         return wide.view(-1)[: self._num_numbers]
 
 
+@final
+class AsTheyAre(Store):
+    """Takes nothing: what is saved stays as it is."""
+
+    takes = frozenset[torch.dtype]()
+    exact = True
+
+    def put(self, flat: torch.Tensor) -> Kept | None:
+        """Store nothing."""
+        del flat
+        return None
+
+
 def store_of(fmt: str) -> Store:
     """Return the store of a format.
 
@@ -154,7 +171,7 @@ def store_of(fmt: str) -> Store:
     """
     if fmt not in STORES:
         raise SettingsError(
-            f"saved activations are stored in {', '.join(STORES)}, got {fmt!r}"
+            f"saved activations are stored in {', '.join(_NAMES)}, got {fmt!r}"
         )
     return STORES[fmt]
 
@@ -162,5 +179,6 @@ def store_of(fmt: str) -> Store:
 STORES: Mapping[str, Store] = {
     **{fmt: SixteenBits(fmt) for fmt in _SIXTEEN},
     "int8": EightBits(),
+    AS_IS: AsTheyAre(),
 }
 """Formats of saved activations by name."""

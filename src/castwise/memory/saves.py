@@ -23,6 +23,7 @@ a change raises the error that autograd would have raised.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections import Counter
 from dataclasses import dataclass, field
@@ -34,7 +35,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
-from castwise.memory.save_formats import Kept, Store, store_of
+from castwise.errors import SettingsError
+from castwise.memory.derived import Recipes
+from castwise.memory.save_formats import AS_IS, Kept, Store, store_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -46,6 +49,7 @@ _CLASSES = (torch.Tensor, torch.nn.Parameter, FakeTensor)
 SMALL = 4096
 """Bytes below which a tensor is left alone."""
 
+_WEIGHT = "a weight or buffer"
 _DEPTH = 3  # how deep tensors may hide in objects that go into a model
 _MUCH_LARGER = 4  # a storage that is that much larger than what is saved of it
 
@@ -66,30 +70,42 @@ class SavesBill:
     num_whole: int
     """Storages that did not fit the format and were kept whole."""
 
+    num_derived: int = 0
+    """Storages that are computed again from others."""
+
     left_alone: Mapping[str, int] = field(default_factory=dict)
     """Reason -> saved tensors that were not looked at."""
 
     def __str__(self) -> str:
         """One line for a log."""
         share = 1 - self.after_bytes / self.before_bytes if self.before_bytes else 0.0
-        whole = f", {self.num_whole} kept whole" if self.num_whole else ""
+        whole = f", {self.num_derived} derived" if self.num_derived else ""
+        whole += f", {self.num_whole} kept whole" if self.num_whole else ""
         return (
             f"saves {self.before_bytes / 2**20:.1f} -> {self.after_bytes / 2**20:.1f} "
             f"MiB (-{share:.0%}) in {self.num_packed} storages{whole}"
         )
 
 
-def store_saves(model: nn.Module, fmt: str) -> StoredSaves:
+def store_saves(
+    model: nn.Module, fmt: str | None = None, *, derive: bool = False
+) -> StoredSaves:
     """Store what a model's forward saves for the backward in a format.
 
     Args:
         model: Any module tree; its code stays as it is.
-        fmt: fp16, bf16 or int8.
+        fmt: fp16, bf16 or int8. Default: as they are.
+        derive: Whether not to store what one cheap operator computes again from other
+            saves (`castwise.memory.derived`); alone it costs no bit. Default: False.
 
     Raises:
-        SettingsError: The format is none of these.
+        SettingsError: The format is none of these, or nothing was asked for.
     """
-    return StoredSaves(model, store_of(fmt))
+    if fmt is None and not derive:
+        raise SettingsError(
+            "store_saves needs a format, or derive=True, or both, and got neither"
+        )
+    return StoredSaves(model, store_of(fmt or AS_IS), derive=derive)
 
 
 @final
@@ -101,16 +117,23 @@ class StoredSaves:
         store: Where saved activations go.
         spares_borders: Whether what comes into the model and what it returns is left
             alone; right for a whole model, whose caller holds both. Default: True.
+        derive: Whether cheap saves are computed again. Default: False.
     """
 
     def __init__(
-        self, model: nn.Module, store: Store, *, spares_borders: bool = True
+        self,
+        model: nn.Module,
+        store: Store,
+        *,
+        spares_borders: bool = True,
+        derive: bool = False,
     ) -> None:
         self._model = model
+        self._derive = derive
         self._store = store
         self._spares_borders = spares_borders
         self._packer: _Packer | None = None
-        self._hooks: list[saved_tensors_hooks] = []
+        self._open: list[contextlib.ExitStack] = []
         self._handles = [
             model.register_forward_pre_hook(
                 _Before(self), prepend=True, with_kwargs=True
@@ -142,16 +165,18 @@ class StoredSaves:
         if not torch.is_grad_enabled():
             return
         spared = inputs if self._spares_borders else ()
-        packer = _Packer(self._model, self._store, spared)
-        hooks = saved_tensors_hooks(packer.pack, packer.unpack)
-        hooks.__enter__()
-        self._hooks.append(hooks)
+        packer = _Packer(self._model, self._store, spared, derive=self._derive)
+        stack = contextlib.ExitStack()
+        stack.enter_context(saved_tensors_hooks(packer.pack, packer.unpack))
+        if packer.recipes is not None:
+            stack.enter_context(packer.recipes)
+        self._open.append(stack)
         self._packer = packer
 
     def _end(self, outputs: Any) -> None:
-        if not torch.is_grad_enabled() or not self._hooks:
+        if not torch.is_grad_enabled() or not self._open:
             return
-        self._hooks.pop().__exit__(None, None, None)
+        self._open.pop().close()
         assert self._packer is not None
         self._packer.close(outputs if self._spares_borders else ())
 
@@ -189,18 +214,31 @@ class _After(_Hook):
 class _Packed:
     """One storage, packed or, if it turned out to be held anyway, as it was."""
 
-    __slots__ = ("__weakref__", "before_bytes", "kept", "whole")
+    __slots__ = (
+        "__weakref__",
+        "_kept",
+        "_whole",
+        "after_bytes",
+        "before_bytes",
+        "what",
+    )
 
-    def __init__(self, kept: Kept | None, whole: torch.Tensor) -> None:
-        self.kept = kept
-        self.before_bytes = whole.nbytes
-        self.whole = _Untouched(whole) if kept is None else None
+    def __init__(self, kept: Kept | None, flat: torch.Tensor, what: str) -> None:
+        self.what = what
+        self.before_bytes = flat.nbytes
+        self.after_bytes = flat.nbytes if kept is None else kept.num_bytes
+        self._kept = kept
+        self._whole = _Untouched(flat) if kept is None else None
+
+    def give_back(self, flat: torch.Tensor) -> None:
+        """Keep what was packed as it is, by reference."""
+        self._whole, self._kept = _Untouched(flat), None
 
     def get(self) -> torch.Tensor:
-        if self.whole is not None:
-            return self.whole.get()
-        assert self.kept is not None
-        return self.kept.get()
+        if self._whole is not None:
+            return self._whole.get()
+        assert self._kept is not None, "nothing was packed"
+        return self._kept.get()
 
 
 class _Untouched:
@@ -253,10 +291,13 @@ class _Known:
 class _Packer:
     """Packs and unpacks what one forward saves."""
 
-    def __init__(self, model: nn.Module, store: Store, inputs: Any) -> None:
+    def __init__(
+        self, model: nn.Module, store: Store, inputs: Any, *, derive: bool
+    ) -> None:
         self._store = store
+        self.recipes = Recipes(self._source_of) if derive else None
         weights = [*model.parameters(), *model.buffers()]
-        self._held = {_key(tensor): "a weight or buffer" for tensor in weights}
+        self._held = dict.fromkeys(map(_key, weights), _WEIGHT)
         self._held |= {_key(tensor): "an input" for tensor in _tensors_in(inputs)}
         self._inputs = inputs  # held, so that no other tensor gets their address
         self._shapes = {
@@ -269,25 +310,23 @@ class _Packer:
         self._made: list[weakref.ref[_Packed]] = []
         self._left_alone: Counter[str] = Counter()
         self._bytes = [0, 0]
-        self._num_packed = self._num_whole = 0
+        self._num: Counter[str] = Counter()
 
     def pack(self, tensor: torch.Tensor) -> _View | _Untouched:
         reason = self._reason_to_leave(tensor)
         if reason is not None:
             self._left_alone[reason] += 1
             return _Untouched(tensor)
-        key = _key(tensor), tensor.dtype
-        known = self._known.get(key)
-        packed = known.found(tensor._version) if known is not None else None  # noqa: SLF001 -- no public name
+        packed = self._found(tensor)
         if packed is None:
             size = tensor.untyped_storage().nbytes() // tensor.itemsize
             if size > _MUCH_LARGER * tensor.numel():
                 own = tensor.clone()
-                return _View(self._packed(_flat(own)), own.shape, own.stride(), 0)
-            packed = self._packed(_flat(tensor))
-            self._known[key] = _Known(
+                return _View(self._packed(own), own.shape, own.stride(), 0)
+            packed = self._derived(tensor) or self._packed(tensor)
+            self._known[_key(tensor), tensor.dtype] = _Known(
                 StorageWeakRef(tensor.untyped_storage()),  # type: ignore[no-untyped-call]
-                tensor._version,  # noqa: SLF001 -- as above
+                tensor._version,  # noqa: SLF001 -- no public name
                 weakref.ref(packed),
             )
         return _View(packed, tensor.shape, tensor.stride(), tensor.storage_offset())
@@ -295,66 +334,99 @@ class _Packer:
     def unpack(self, saved: _View | _Untouched) -> torch.Tensor:
         return saved.get()
 
+    def _found(self, tensor: torch.Tensor) -> _Packed | None:
+        known = self._known.get((_key(tensor), tensor.dtype))
+        return None if known is None else known.found(tensor._version)  # noqa: SLF001 -- as above
+
+    def _source_of(
+        self, tensor: torch.Tensor
+    ) -> weakref.ref[_Packed] | torch.Tensor | None:
+        """What gives a tensor in the backward: a weight itself, or a save."""
+        if self._held.get(_key(tensor)) == _WEIGHT:
+            return tensor
+        packed = self._found(tensor)
+        return None if packed is None else weakref.ref(packed)
+
+    def _derived(self, tensor: torch.Tensor) -> _Packed | None:
+        recipe = None if self.recipes is None else self.recipes.recipe_of(tensor)
+        held = None if recipe is None else recipe.held()
+        if held is None:
+            return None
+        packed = _Packed(held, _flat(tensor), "derived")
+        self._count(packed, 1)
+        return packed
+
     def close(self, outputs: Any) -> None:
         """Keep what the model returned as it is: whoever called it holds it anyway."""
         for tensor in _tensors_in(outputs):
-            known = self._known.get((_key(tensor), tensor.dtype))
-            packed = known.found(tensor._version) if known is not None else None  # noqa: SLF001 -- as above
-            if packed is None:
-                continue
-            self._left_alone["an output"] += 1
-            self._bytes[0] -= packed.before_bytes
-            if packed.kept is None:
-                self._bytes[1] -= packed.before_bytes
-                self._num_whole -= 1
-            else:
-                self._bytes[1] -= packed.kept.num_bytes
-                self._num_packed -= 1
-            packed.whole, packed.kept = _Untouched(_flat(tensor.detach())), None
+            packed = self._found(tensor)
+            if packed is not None:
+                self._left_alone["an output"] += 1
+                self._count(packed, -1)
+                packed.give_back(_flat(tensor.detach()))
         self._inputs = None
         self._known.clear()
+        self.recipes = None
 
     def bill(self) -> SavesBill:
         before, after = self._bytes
         return SavesBill(
             before_bytes=before,
             after_bytes=after,
-            num_packed=self._num_packed,
-            num_whole=self._num_whole,
+            num_packed=self._num["packed"],
+            num_whole=self._num["whole"],
+            num_derived=self._num["derived"],
             left_alone=dict(self._left_alone),
         )
 
-    def _packed(self, flat: torch.Tensor) -> _Packed:
+    def _packed(self, tensor: torch.Tensor) -> _Packed:
+        flat = _flat(tensor)
+        reason = self._reason_not_to_store(tensor)
+        if reason is not None:  # others may be derived from it
+            self._left_alone[reason] += 1
+            return _Packed(None, flat, "left alone")
         kept = self._store.put(flat)
-        self._num_packed += kept is not None
-        self._num_whole += kept is None
-        self._bytes[0] += flat.nbytes
-        self._bytes[1] += flat.nbytes if kept is None else kept.num_bytes
-        return _Packed(kept, flat)
+        packed = _Packed(kept, flat, "whole" if kept is None else "packed")
+        self._count(packed, 1)
+        return packed
+
+    def _count(self, packed: _Packed, sign: int) -> None:
+        if packed.what != "left alone":
+            self._num[packed.what] += sign
+            self._bytes[0] += sign * packed.before_bytes
+            self._bytes[1] += sign * packed.after_bytes
 
     def _reason_to_leave(self, tensor: torch.Tensor) -> str | None:
         if type(tensor) not in _CLASSES or tensor.layout is not torch.strided:
             return "not a plain dense tensor"
         reason = None
-        if tensor.dtype not in self._store.takes or tensor.is_neg():
-            reason = str(tensor.dtype).removeprefix("torch.")
+        takes = tensor.is_floating_point() or tensor.dtype in self._store.takes
+        if tensor.is_neg() or tensor.is_conj() or not takes:
+            reason = _name_of(tensor)
         elif tensor.nbytes < SMALL:
             reason = "small"
         elif _key(tensor) in self._held:
             reason = self._held[_key(tensor)]
-        elif self._is_cast_weight(tensor):
-            reason = "a cast of a weight"
+        elif self.recipes is None:
+            reason = self._reason_not_to_store(tensor)
         return reason
 
-    def _is_cast_weight(self, tensor: torch.Tensor) -> bool:
-        """Judge by shape and format: which weight it is a cast of, nobody knows."""
-        return self._shapes.get(tuple(tensor.shape), tensor.dtype) is not tensor.dtype
+    def _reason_not_to_store(self, tensor: torch.Tensor) -> str | None:
+        if tensor.dtype not in self._store.takes:
+            return _name_of(tensor)
+        # by shape and format: which weight it is a cast of, nobody knows
+        held_in = self._shapes.get(tuple(tensor.shape), tensor.dtype)
+        return None if held_in is tensor.dtype else "a cast of a weight"
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:
     """All of the memory that a tensor lies in, in its format."""
     num_numbers = tensor.untyped_storage().nbytes() // tensor.itemsize
     return tensor.as_strided((num_numbers,), (1,), 0)
+
+
+def _name_of(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _key(tensor: torch.Tensor) -> int:
