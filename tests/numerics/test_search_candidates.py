@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -211,6 +212,53 @@ def test_backward_is_free_where_only_the_output_is_limited() -> None:
     high = {f: name for f, name in chosen(found).items() if name != "bf16"}
     assert high["planted.lift"] == "fp32/bf16"
     assert all(name == "fp32/bf16" for f, name in high.items() if f in leaves)
+
+
+class _SlowInBf16(torch.autograd.Function):
+    """Passes on; its backward takes long in bf16, as fused attention does on a CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        """Pass on."""
+        del ctx
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        """Pass on, after a while."""
+        del ctx
+        if gradient.dtype is torch.bfloat16:
+            time.sleep(0.03)
+        return gradient
+
+
+class SlowBackward(nn.Linear):
+    """A layer whose gradient alone is slow in bf16."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiply; the backward takes the time."""
+        found: torch.Tensor = _SlowInBf16.apply(super().forward(x))  # type: ignore[no-untyped-call]
+        return found
+
+
+def test_measured_time_finds_a_backward_that_is_slow_in_bf16() -> None:
+    """It stays in fp32 though flops say bf16; a backward of its own is no way out."""
+    keywords: dict[str, Any] = {"formats": ("bf16", "fp32", "fp32/bf16")}
+    model = made(partial(SlowBackward, WIDTH, WIDTH))
+    budget = Budget(gradient=1.0)
+    assert chosen(searched(model, budget, **keywords))["planted"] == "bf16"
+    by_time = searched(model, budget, cost="time", **keywords)
+    assert chosen(by_time)["planted"] == "fp32"
+
+
+def test_time_of_a_class_is_what_whole_steps_save() -> None:
+    """All layers of a class in fp32 cost what a step costs more, and no more."""
+    found = searched(
+        made(partial(SlowBackward, WIDTH, WIDTH)), Budget(gradient=1.0), cost="time"
+    )
+    (slow,) = (unit for unit in found.units if unit.fqn == "planted")
+    assert 0.02 < slow.costs["bf16"] - slow.costs["fp32"] < 0.3
+    assert all(cost >= 0 for unit in found.units for cost in unit.costs.values())
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,10 @@
     bytes   elements read and written, and weights, times the bytes of the format
     time    forward and backward of the unit, measured on this machine in each format,
             with the casts that it needs; what runs slower in bf16 costs more there.
-            At the end whole steps are compared with everything high and everything low
+            A module alone pays for casts that it shares with its neighbours, so whole
+            steps with all modules of one class in another format bound what these can
+            save together; and at the end whole steps are compared with everything high
+            and everything low
 
 All are for one forward and backward of the first batch. Only differences between
 candidates decide anything. A backward of its own runs the module once more, and that
@@ -20,6 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from castwise.errors import SettingsError
+from castwise.numerics.search.assignment import policy_of, tree_of
 from castwise.numerics.search.bench import Bench
 from castwise.numerics.search.candidates import Candidate, parse_candidates
 from castwise.numerics.search.handovers import Handovers
@@ -117,15 +121,61 @@ class Costs:
         }
         whole = seconds[fp32.name]
         own = {unit.fqn: max(0.0, _own(unit, units, whole)) for unit in units}
-        return {
+        found = {
             fqn: {
-                each.name: max(
-                    0.0, own[fqn] + seconds[each.name].get(fqn, whole[fqn]) - whole[fqn]
-                )
+                each.name: own[fqn]
+                + seconds[each.name].get(fqn, whole[fqn])
+                - whole[fqn]
                 for each in self._candidates
             }
             for fqn in own
         }
+        self._bound_by_whole_steps(units, own, found)
+        least = {fqn: min(0.0, *costs.values()) for fqn, costs in found.items()}
+        return {
+            fqn: {name: cost - least[fqn] for name, cost in costs.items()}
+            for fqn, costs in found.items()
+        }
+
+    def _bound_by_whole_steps(
+        self,
+        units: Sequence[Unit],
+        own: dict[str, float],
+        costs: dict[str, dict[str, float]],
+    ) -> None:
+        """Correct what all modules of one class save by what a step really saves."""
+        low, bench = self._default, self._bench
+        kinds: dict[str, list[Unit]] = {}
+        for unit in units:
+            kinds.setdefault(unit.type, []).append(unit)
+        asked: list[tuple[str | None, Candidate]] = [(None, low)]
+        asked += [
+            (kind, each)
+            for kind in kinds
+            for each in self._candidates
+            if each != low and each.backward is None
+        ]
+        tree = tree_of(bench.model)
+        runs = _step_runs(
+            bench,
+            [
+                policy_of(
+                    tree, {u.fqn: each if u.type == kind else low for u in units}, low
+                )
+                for kind, each in asked
+            ],
+        )
+        before = statistics.median(runs[0])
+        for (kind, each), times in zip(asked[1:], runs[1:], strict=True):
+            members = [unit.fqn for unit in kinds[str(kind)]]
+            more = statistics.median(times) - before
+            doubt = 2 * (_deviation(times) + _deviation(runs[0]))
+            alone = sum(costs[fqn][each.name] - costs[fqn][low.name] for fqn in members)
+            wrong = min(max(alone, more - doubt), more + doubt) - alone
+            whole = sum(own[fqn] for fqn in members)
+            for fqn in members:
+                share = own[fqn] / whole if whole else 1 / len(members)
+                costs[fqn][each.name] += wrong * share
 
     def _seconds(
         self, units: Sequence[Unit], candidate: Candidate, low_operator: str = ""
@@ -157,6 +207,10 @@ class Costs:
 
 def step_seconds(bench: Bench, policies: Sequence[Policy]) -> list[float]:
     """Measure a step of the first batch under each policy: medians, taken in turns."""
+    return [statistics.median(runs) for runs in _step_runs(bench, policies)]
+
+
+def _step_runs(bench: Bench, policies: Sequence[Policy]) -> list[list[float]]:
     runs: list[list[float]] = [[] for _ in policies]
     for _ in range(_REPEATS):
         for policy, found in zip(policies, runs, strict=True):
@@ -167,7 +221,13 @@ def step_seconds(bench: Bench, policies: Sequence[Policy]) -> list[float]:
                 found.append(time.perf_counter() - begin)
             bench.num_steps -= 2
             bench.num_timings += 2
-    return [statistics.median(found) for found in runs]
+    return runs
+
+
+def _deviation(runs: Sequence[float]) -> float:
+    """How far a median may be off: the median distance from it."""
+    middle = statistics.median(runs)
+    return statistics.median(abs(run - middle) for run in runs)
 
 
 def _counted(unit: Unit, candidate: Candidate, cost: CostModel) -> float:
