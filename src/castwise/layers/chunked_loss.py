@@ -149,21 +149,20 @@ def _one_chunk(
     logits = torch.nn.functional.linear(hidden, weight)
     logits = logits.to(torch.promote_types(hidden.dtype, torch.float32))
     place = targets.where(counted, 0).unsqueeze(1)
-    normalizer = logits.logsumexp(1)
-    right = logits.gather(1, place).squeeze(1)
-    loss = (normalizer - right).where(counted, 0.0).sum()
+    logits = logits.log_softmax(1)
+    loss = -logits.gather(1, place).squeeze(1).where(counted, 0.0).sum()
     if by_hidden is None and by_weight is None:
         return loss
     # from here on `logits` is the gradient by the logits, in their place
-    logits.sub_(normalizer.unsqueeze(1)).exp_()
-    logits.scatter_add_(1, place, torch.full_like(place, -1, dtype=logits.dtype))
-    logits.mul_(counted.unsqueeze(1))
+    logits.exp_().scatter_add_(1, place, -torch.ones_like(place, dtype=logits.dtype))
     error = logits.to(hidden.dtype)
+    # rows that do not count are left out where they are short
     if by_hidden is not None:
-        by_hidden.copy_(error @ weight)
+        by_hidden.copy_((error @ weight).where(counted.unsqueeze(1), 0.0))
     if by_weight is not None:
-        if error.dtype == by_weight.dtype == hidden.dtype:
-            by_weight.addmm_(error.T, hidden)
+        kept = hidden.where(counted.unsqueeze(1), 0.0)
+        if error.dtype == by_weight.dtype:
+            by_weight.addmm_(error.T, kept)
         else:
-            by_weight.add_(error.T @ hidden)
+            by_weight.add_(error.T @ kept)
     return loss

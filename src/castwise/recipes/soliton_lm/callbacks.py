@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import signal
 import statistics
+import threading
 import time
 from collections.abc import Mapping
 from typing import Any, final
@@ -79,13 +80,23 @@ class RunCallback(Callback):
         return self._seconds_before + time.perf_counter() - self._started
 
     def stop(self, number: int, frame: object) -> None:
-        """Note a signal; the step that is running is finished first."""
+        """Note a signal; the step that is running is finished first.
+
+        Raises:
+            KeyboardInterrupt: At the second one.
+        """
         del frame
+        if self.stopped_by is not None:
+            raise KeyboardInterrupt
         self.stopped_by = signal.Signals(number).name
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin, or go on with the random numbers of the checkpoint."""
         del trainer, pl_module
+        if threading.current_thread() is threading.main_thread():
+            # Lightning has put its own in place; it puts back what was there before
+            for one in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(one, self.stop)
         if self._tree is not None:
             restore_random_states(self._tree["random"])
         self._monitor.reset_peak()

@@ -138,7 +138,7 @@ def train(asked: Asked, place: Place) -> int:
         if plan.tree is not None:
             for line in changes_since(plan.tree["facts"], built.facts):
                 console.print(line, highlight=False, soft_wrap=True)
-        stack.enter_context(_signals_to(built.callback))
+        stack.enter_context(_signals_kept())
         built.trainer.fit(built.module, ckpt_path=start)
         step = built.trainer.global_step
         if step % plan.settings.training.evaluate_every:
@@ -328,17 +328,16 @@ def _quiet_lightning() -> Iterator[None]:
 
 
 @contextmanager
-def _signals_to(callback: RunCallback) -> Iterator[None]:
-    """Let the first SIGINT or SIGTERM end the run after its step."""
+def _signals_kept() -> Iterator[None]:
+    """Put back who hears of SIGINT and SIGTERM; the callback does while it trains."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    which = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(one, callback.stop) for one in which]
+    before = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        for one, handler in zip(which, before, strict=True):
+        for one, handler in before.items():
             signal.signal(one, handler)
 
 
