@@ -13,17 +13,24 @@ nothing: the plan holds.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch._dynamo.config
 from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
 
 from castwise.autocast import DEVICE_TYPES
 from castwise.dtypes import supports
-from castwise.errors import SettingsError, UnsupportedFormatError
+from castwise.errors import CastwiseError, SettingsError, UnsupportedFormatError
 from castwise.graph.capture import Inner, PlanningBackend
-from castwise.graph.coverage import CoverageWatch, Fallback, fall_back
+from castwise.graph.coverage import (
+    CoverageWatch,
+    Fallback,
+    fall_back,
+    num_graphs_run,
+)
 from castwise.graph.kept_weights import KeptWeights
 from castwise.graph.plan import Plan, Uncovered
 from castwise.graph.settings import Surroundings
@@ -62,11 +69,20 @@ class CompiledModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model by the plan of the phase."""
-        variant = self._variant()
+        variant, before = self._variant(), num_graphs_run()
         with _no_autocast(self._device_type), _captures_recurrent_layers():
-            if variant.is_watched:
-                return variant.run(*args, **kwargs)
-            return self._run_watched(variant, args, kwargs)
+            try:
+                if variant.is_watched:
+                    result = variant.run(*args, **kwargs)
+                else:
+                    result = self._run_watched(variant, args, kwargs)
+            except BackendCompilerFailed as error:
+                if isinstance(error.inner_exception, CastwiseError):
+                    raise error.inner_exception from None
+                raise
+        if num_graphs_run() == before:
+            variant.tell_that_nothing_ran()
+        return result
 
     def enter_phase(self, phase: str) -> None:
         """Run by the plan of another phase; each is compiled once.
@@ -150,6 +166,18 @@ class _Variant:
         self.run = torch.compile(model, backend=backend, dynamic=dynamic)
         self.is_watched = False
         self.uncovered: tuple[Uncovered, ...] = ()
+
+    def tell_that_nothing_ran(self) -> None:
+        """Say once that a call was made without any graph, and name it in the plan."""
+        told = Uncovered(module="", ops=("every operator",), treatment="fp32")
+        if told not in self.uncovered:
+            self.uncovered = (*self.uncovered, told)
+            warnings.warn(
+                "no captured graph ran, so this call had no plan and computed in fp32: "
+                "Dynamo stepped aside, for its limit of recompilations, a stance, or a "
+                "dispatch mode around the call",
+                stacklevel=4,
+            )
 
 
 def compile(  # noqa: A001 -- as in torch.compile

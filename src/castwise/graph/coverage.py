@@ -39,12 +39,18 @@ def covered(run: Callable[..., Any]) -> Callable[..., Any]:
     def run_covered(*args: Any) -> Any:
         before = getattr(_INSIDE, "graph", False)
         _INSIDE.graph = True
+        _INSIDE.num_runs = num_graphs_run() + 1
         try:
             return run(*args)
         finally:
             _INSIDE.graph = before
 
     return run_covered
+
+
+def num_graphs_run() -> int:
+    """How many captured graphs have run in this thread."""
+    return int(getattr(_INSIDE, "num_runs", 0))
 
 
 class CoverageWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]

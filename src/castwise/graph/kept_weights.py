@@ -16,27 +16,25 @@ for.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary, ref
+from typing import Any
+from weakref import ref
 
 import torch
+from torch import fx
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from castwise.graph.classify import PARAMETER
 
-if TYPE_CHECKING:
-    from torch import fx
-
-_Key = tuple[int, torch.dtype]
+_Copies = dict[torch.dtype, tuple[tuple[int, int, int], torch.Tensor]]
+"""Format -> when a copy was made, and the copy."""
 
 
 class KeptWeights:
     """The low copies of one model's weights."""
 
     def __init__(self) -> None:
-        self._copies: WeakKeyDictionary[
-            torch.Tensor, dict[torch.dtype, tuple[tuple[int, int, int], torch.Tensor]]
-        ] = WeakKeyDictionary()
+        self._copies = WeakTensorKeyDictionary()  # by identity: == compares numbers
         self._num_updates = 0
         mine = ref(self)
 
@@ -60,7 +58,9 @@ class KeptWeights:
 
     def lend(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The copy of a weight; its gradient goes to the weight."""
-        copies = self._copies.setdefault(weight, {})
+        if weight not in self._copies:
+            self._copies[weight] = {}
+        copies: _Copies = self._copies[weight]
         now = weight._version, weight.data_ptr(), self._num_updates  # noqa: SLF001 -- the version has no public name
         kept = copies.get(dtype)
         if kept is None or kept[0] != now:
@@ -72,41 +72,41 @@ class KeptWeights:
 
     def take_out(
         self, module: fx.GraphModule, inputs: list[Any]
-    ) -> Callable[[Sequence[Any]], list[torch.Tensor]] | None:
+    ) -> tuple[fx.GraphModule, Callable[[Sequence[Any]], list[torch.Tensor]]]:
         """Make inputs of a graph out of its casts of weights.
 
         Args:
-            module: The planned graph; changed in place.
+            module: The planned graph; Dynamo still reads it, so it stays as it is.
             inputs: Its example inputs; copies are added.
 
         Returns:
-            From the graph's own inputs to those to be added; none if there are none.
+            The new graph, and a way from its first inputs to those that were added.
         """
-        graph = module.graph
-        places = {
-            node: at
-            for at, node in enumerate(
-                each for each in graph.nodes if each.op == "placeholder"
-            )
-        }
+        graph = _copied(module)
+        placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+        places = {node: at for at, node in enumerate(placeholders)}
         taken: list[tuple[int, torch.dtype]] = []
-        last = list(places)[-1] if places else None
-        for node in list(graph.nodes):
-            if not _is_cast_of_weight(node):
-                continue
-            at, dtype = places[node.args[0]], node.args[1]
-            assert last is not None
-            with graph.inserting_after(last):
-                last = graph.placeholder(f"kept_{node.args[0].name}_{len(taken)}")
-            last.meta.update(node.meta)
-            node.replace_all_uses_with(last)
+        for node in filter(_is_cast_of_weight, list(graph.nodes)):
+            weight, dtype = node.args
+            with graph.inserting_after(placeholders[-1]):
+                lent = graph.placeholder(f"kept_{weight.name}_{len(taken)}")
+            placeholders.append(lent)
+            node.replace_all_uses_with(lent)
             graph.erase_node(node)
-            taken.append((at, dtype))
-            inputs.append(self.lend(inputs[at], dtype))
-        if not taken:
-            return None
-        module.recompile()
-        return lambda args: [self.lend(args[at], dtype) for at, dtype in taken]
+            taken.append((places[weight], dtype))
+            inputs.append(self.lend(inputs[places[weight]], dtype))
+        made = fx.GraphModule(module, graph)
+        return made, lambda args: [self.lend(args[at], dtype) for at, dtype in taken]
+
+
+def _copied(module: fx.GraphModule) -> fx.Graph:
+    """The same graph, with what AOTAutograd asks of its inputs."""
+    graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    graph.output(graph.graph_copy(module.graph, copies))
+    for old, new in copies.items():
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source  # noqa: SLF001 -- where Dynamo keeps it
+    return graph
 
 
 class _Lent(torch.autograd.Function):

@@ -149,6 +149,11 @@ class _Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._found: dict[tuple[str, str, Stage], list[int]] = {}
         self._num_updates = 0
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Let compiled code run as compiled code; otherwise Dynamo would step aside."""
+        return True
+
     def enter_update(self, *_: object) -> None:
         """An optimizer's step begins."""
         self._num_updates += 1

@@ -1,0 +1,497 @@
+"""Plans against torch.autocast: casts, bytes cast, saved bytes, errors, times.
+
+Four models train one step each under `torch.autocast`, under castwise's operator table,
+and by a plan, all in one process:
+
+    lm      pre-norm transformer with fused attention, an embedding and a head
+    llama   RMS norms by hand, rotary positions, gated layers
+    vit     patches by a convolution, learned positions, a class token
+    conv    convolutions, batch norms, squeeze and excitation
+
+Counted below autograd, forward and backward: casts between formats and the bytes they
+read and write; the bytes that autograd keeps for the backward, by storage, weights left
+out. Errors are relative, of outputs and of all gradients together, against float64.
+Times are CPU seconds of the process on one thread, taken in turns by `--times`, which
+belongs on a quiet machine.
+
+    python benchmarks/graph.py                      counts, bytes, errors: busy or quiet
+    python benchmarks/graph.py --times eager --turns 21
+    python benchmarks/graph.py --times inductor --turns 21
+    python benchmarks/graph.py --planning           seconds to plan 32 layers
+    python benchmarks/graph.py --recompilations     graphs captured when things change
+    python benchmarks/graph.py --random 2000        random programs against float64
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime as dt
+import gc
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 -- its name everywhere
+from torch import Tensor, nn
+
+import castwise as cw
+from castwise.autocast import autocast
+from castwise.graph.capture import PlanningBackend
+from castwise.graph.settings import Surroundings
+from castwise.numerics.census import observe
+from castwise.numerics.error import relative_error
+
+TESTS = Path(__file__).parents[1] / "tests"
+
+Run = Callable[[Any], Tensor]
+
+
+class Block(nn.Module):
+    """Pre-norm attention and a multilayer perceptron."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norms = nn.ModuleList([nn.LayerNorm(width) for _ in range(2)])
+        self.q, self.k, self.v = (nn.Linear(width, width) for _ in "qkv")
+        self.out = nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:  # (batch, length, width)
+        """Add attention, then the perceptron."""
+        h = self.norms[0](x)
+        q, k, v = (
+            part(h).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for part in (self.q, self.k, self.v)
+        )
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(y.transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norms[1](x))))
+
+
+class LanguageModel(nn.Module):
+    """An embedding, positions, blocks, a head."""
+
+    def __init__(self, vocabulary: int, width: int, num_layers: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, width)
+        self.place = nn.Embedding(512, width)
+        self.blocks = nn.ModuleList(Block(width, 4) for _ in range(num_layers))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary)
+
+    def forward(self, tokens: Tensor) -> Tensor:  # (batch, length)
+        """The loss of predicting each token from those before it."""
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        x = self.embed(tokens) + self.place(places)
+        for block in self.blocks:
+            x = block(x)
+        logits = self.head(self.norm(x))
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+
+
+class RootNorm(nn.Module):
+    """Division by the root of the mean square, by hand."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As most models have it."""
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+class LlamaBlock(nn.Module):
+    """Attention with rotary positions, and a gated perceptron."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norms = nn.ModuleList([RootNorm(width) for _ in range(2)])
+        self.q, self.k, self.v, self.out = (
+            nn.Linear(width, width, bias=False) for _ in range(4)
+        )
+        self.gate, self.up = (nn.Linear(width, 3 * width, bias=False) for _ in "gu")
+        self.down = nn.Linear(3 * width, width, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Add attention, then the gated perceptron."""
+        h = self.norms[0](x)
+        q, k, v = (
+            part(h).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for part in (self.q, self.k, self.v)
+        )
+        q, k = (t * cos + turned(t) * sin for t in (q, k))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(y.transpose(1, 2).flatten(2))
+        h = self.norms[1](x)
+        return x + self.down(F.silu(self.gate(h)) * self.up(h))
+
+
+def turned(t: Tensor) -> Tensor:
+    """The pairs of a rotary embedding, turned by a right angle."""
+    a, b = t.chunk(2, -1)
+    return torch.cat((-b, a), -1)
+
+
+class Llama(nn.Module):
+    """An embedding, blocks, a head without bias."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, vocabulary: int, width: int, num_layers: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, width)
+        self.blocks = nn.ModuleList(LlamaBlock(width, 4) for _ in range(num_layers))
+        self.norm = RootNorm(width)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        size = width // 4
+        inverse = 1e4 ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+        angles = torch.arange(512, dtype=torch.float64)[:, None] * inverse
+        angles = torch.cat((angles, angles), -1)
+        self.register_buffer("cos", angles.cos().float())
+        self.register_buffer("sin", angles.sin().float())
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """The loss of predicting each token from those before it."""
+        length = tokens.shape[1]
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x, self.cos[:length], self.sin[:length])
+        logits = self.head(self.norm(x))
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+
+
+class ImageTransformer(nn.Module):
+    """Patches, a class token, blocks, a head."""
+
+    def __init__(self, width: int, num_layers: int) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, 4, stride=4)
+        self.token = nn.Parameter(torch.randn(1, 1, width) / 8)
+        self.places = nn.Parameter(torch.randn(1, 65, width) / 8)
+        self.blocks = nn.ModuleList(Block(width, 4) for _ in range(num_layers))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:  # (batch, 3, 32, 32)
+        """The loss of ten classes, by the batch's own order."""
+        h = self.patches(x).flatten(2).mT
+        h = torch.cat((self.token.expand(len(h), -1, -1), h), 1) + self.places
+        for block in self.blocks:
+            h = block(h)
+        classes = torch.arange(len(h), device=h.device) % 10
+        return F.cross_entropy(self.head(self.norm(h[:, 0])), classes)
+
+
+class Residual(nn.Module):
+    """Two convolutions with batch norms, squeeze and excitation, a residual."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(
+            nn.Conv2d(width, width, 3, padding=1, bias=False) for _ in range(2)
+        )
+        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for _ in range(2))
+        self.squeeze = nn.Linear(width, width // 4)
+        self.excite = nn.Linear(width // 4, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add what was squeezed and excited."""
+        h = F.relu(self.norms[0](self.convs[0](x)), inplace=True)
+        h = self.norms[1](self.convs[1](h))
+        gate = torch.sigmoid(self.excite(F.relu(self.squeeze(h.mean((2, 3))))))
+        return F.relu(x + h * gate[:, :, None, None])
+
+
+class ConvNet(nn.Module):
+    """A stem, residual blocks, pooling, a head."""
+
+    def __init__(self, width: int, num_layers: int) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(inplace=True),
+        )
+        self.blocks = nn.Sequential(*(Residual(width) for _ in range(num_layers)))
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:  # (batch, 3, 32, 32)
+        """The loss of ten classes, by the batch's own order."""
+        h = self.blocks(self.stem(x))
+        logits = self.head(F.adaptive_avg_pool2d(h, 1).flatten(1))
+        return F.cross_entropy(logits, torch.arange(len(x), device=x.device) % 10)
+
+
+def build(name: str, num_layers: int = 2) -> nn.Module:
+    """One of the models, with the same weights each time."""
+    torch.manual_seed(0)
+    makers: dict[str, Callable[[], nn.Module]] = {
+        "lm": lambda: LanguageModel(101, 256, num_layers),
+        "llama": lambda: Llama(101, 256, num_layers),
+        "vit": lambda: ImageTransformer(192, num_layers),
+        "conv": lambda: ConvNet(32, num_layers),
+    }
+    return makers[name]()
+
+
+MODELS = ("lm", "llama", "vit", "conv")
+
+
+def batch_of(name: str, size: int = 8, length: int = 128) -> Tensor:
+    """A batch for a model."""
+    draws = torch.Generator().manual_seed(1)
+    if name in {"lm", "llama"}:
+        return torch.randint(101, (size, length), generator=draws)
+    return torch.randn(size, 3, 32, 32, generator=draws)
+
+
+def torch_run(model: nn.Module) -> Run:
+    """What plans are compared with."""
+
+    def run(x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return model(x)
+
+    return run
+
+
+def table_run(model: nn.Module) -> Run:
+    """The operator table of castwise, operator by operator."""
+
+    def run(x: Tensor) -> Tensor:
+        with autocast(x.device.type, "bf16"):
+            return model(x)
+
+    return run
+
+
+def plan_run(model: nn.Module) -> Run:
+    """The plan, run operator by operator."""
+    return cw.compile(model, "bf16-mixed", inner="eager")
+
+
+RUNS: dict[str, Callable[[nn.Module], Run]] = {
+    "torch.autocast": torch_run,
+    "operator table": table_run,
+    "plan": plan_run,
+}
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    """All gradients of a model."""
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def saved_bytes(model: nn.Module, run: Run, x: Tensor) -> int:
+    """Bytes that autograd keeps for the backward, each storage once, no weights."""
+    seen: dict[int, int] = {}
+    kept: list[Tensor] = []
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), x)}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage.nbytes()
+            kept.append(tensor)  # no address is used again meanwhile
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run(x)
+    return sum(seen.values())
+
+
+def count(name: str, device: str) -> dict[str, dict[str, float]]:
+    """Casts, bytes and errors of one model under each way to run it."""
+    model, x = build(name).to(device), batch_of(name).to(device)
+    exact = copy.deepcopy(model).double()
+    exact_x = x.double() if x.is_floating_point() else x
+    right_loss = exact(exact_x)
+    right_loss.backward()
+    right = gradients(exact)
+    found = {}
+    for way, make in RUNS.items():
+        torch.compiler.reset()
+        fresh = copy.deepcopy(model)
+        run = make(fresh)
+        run(x)  # captures, and counts no warm-up
+        fresh.zero_grad()
+        losses: list[Tensor] = []
+
+        def step(run: Run = run, losses: list[Tensor] = losses) -> None:
+            losses.append(run(x))
+            losses[-1].backward()
+
+        census = observe(step)
+        casts = census.select(op="cast")
+        found[way] = {
+            "casts": census.num_casts,
+            "megabytes cast": sum(each.num_bytes for each in casts) / 1e6,
+            "megabytes saved": saved_bytes(fresh, run, x) / 1e6,
+            "loss error": relative_error(losses[-1].detach(), right_loss.detach()),
+            "gradient error": relative_error(gradients(fresh), right),
+        }
+    rival = found["torch.autocast"]["megabytes cast"]
+    found["plan"]["bytes cast against torch.autocast"] = (
+        found["plan"]["megabytes cast"] / rival - 1
+    )
+    return found
+
+
+def times(name: str, inner: str, num_turns: int, device: str) -> dict[str, float]:
+    """Step times in turns: torch.autocast, compiled or not, against the plan."""
+    model, x = build(name, 4).to(device), batch_of(name, 4).to(device)
+    steps = {}
+    for way in ("torch.autocast", "torch.autocast again", "plan"):
+        fresh = copy.deepcopy(model)
+        if way == "plan":
+            run: Run = cw.compile(fresh, "bf16-mixed", inner=inner)
+        else:
+            run = torch_run(fresh if inner == "eager" else torch.compile(fresh))
+        steps[way] = (run, torch.optim.SGD(fresh.parameters(), lr=1e-3))
+    taken: dict[str, list[float]] = {way: [] for way in steps}
+    for turn in range(num_turns + 3):
+        for way in list(steps)[:: 1 - turn % 2 * 2]:
+            run, optimizer = steps[way]
+            start = time.process_time()
+            run(x).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if turn >= 3:
+                taken[way].append(time.process_time() - start)
+        gc.collect()
+    base = taken["torch.autocast"]
+    return {
+        "torch.autocast, ms": 1e3 * statistics.median(base),
+        **{
+            f"{way}, ratio": statistics.median(taken[way]) / statistics.median(base)
+            for way in list(steps)[1:]
+        },
+        **{
+            f"{way}, quartiles of ratios": statistics.quantiles(
+                [a / b for a, b in zip(taken[way], base, strict=True)], n=4
+            )[::2]
+            for way in list(steps)[1:]
+        },
+    }
+
+
+def planning(name: str, num_layers: int) -> dict[str, float]:
+    """Seconds to capture a deep model, and to plan it."""
+    model, x = build(name, num_layers), batch_of(name, 1, 16)
+    torch.compiler.reset()
+    spent = {"planning": 0.0}
+    backend = PlanningBackend(
+        Surroundings.of(model, cw.preset("bf16-mixed")), "eager", kept=None
+    )
+
+    def timed(module: Any, examples: Any) -> Any:
+        start = time.process_time()
+        run = backend(module, examples)
+        spent["planning"] += time.process_time() - start
+        return run
+
+    start = time.process_time()
+    torch.compile(model, backend=timed)(x)
+    spent["capture, planning and one forward"] = time.process_time() - start
+    return {**spent, "nodes": sum(len(graph.nodes) for graph in backend.graphs)}
+
+
+def recompilations() -> dict[str, int]:
+    """Graphs captured beyond the first when scale, phase or batch size changes."""
+    found = {}
+    for what in ("loss scale", "phase there and back", "batch size", "weights"):
+        torch.compiler.reset()
+        model = build("llama")
+        compiled = cw.compile(model, "bf16-mixed", inner="eager", dynamic=True)
+        compiled(batch_of("llama")).backward()
+        if what.startswith("phase"):
+            compiled.enter_phase("warmup")
+            compiled(batch_of("llama")).backward()
+        before = compiled.num_captured
+        for turn in range(1, 5):
+            if what.startswith("phase"):
+                compiled.enter_phase(("full", "warmup")[turn % 2])
+            size = 8 - turn if what == "batch size" else 8
+            loss = compiled(batch_of("llama", size))
+            if what == "loss scale":
+                loss.backward(gradient=torch.tensor(2.0**turn))
+            else:
+                loss.backward()
+            if what == "weights":
+                with torch.no_grad():
+                    for weight in model.parameters():
+                        weight.mul_(0.999)
+        found[what] = compiled.num_captured - before
+    return found
+
+
+def random_programs(number: int) -> dict[str, Any]:
+    """Random programs against float64; see `tests/graph/test_random.py`."""
+    sys.path[:0] = [str(TESTS)]
+    from graph.test_random import error_of  # noqa: PLC0415 -- only here
+
+    errors = {seed: error_of(seed) for seed in range(number)}
+    return {
+        "programs": number,
+        "wrong": [seed for seed, error in errors.items() if not error < 1],
+        "worst error, in units of what the format may have": max(errors.values()),
+    }
+
+
+def main() -> int:
+    """Measure, print, and write the record."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="*", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--times", choices=("eager", "aot_eager", "inductor"))
+    parser.add_argument("--turns", type=int, default=21)
+    parser.add_argument("--planning", action="store_true")
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--recompilations", action="store_true")
+    parser.add_argument("--random", type=int, metavar="NUMBER")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=Path, help="add the figures to this file")
+    settings = parser.parse_args()
+    torch.set_num_threads(1)
+    kind, found = measured(settings)
+    record = {
+        "date": dt.datetime.now(tz=dt.UTC).date().isoformat(),
+        "torch": torch.__version__,
+        "device": settings.device,
+        **found,
+    }
+    print(json.dumps({kind: record}, indent=1))
+    if settings.json:
+        file: Path = settings.json
+        kept = json.loads(file.read_text()) if file.exists() else {}
+        file.write_text(json.dumps({**kept, kind: record}, indent=1) + "\n")
+    return 0
+
+
+def measured(settings: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """What was asked for, under the name that the record keeps it by."""
+    if settings.random:
+        return "random programs", random_programs(settings.random)
+    if settings.recompilations:
+        return "recompilations", recompilations()
+    if settings.planning:
+        names = ("lm", "llama")
+        return "planning", {name: planning(name, settings.layers) for name in names}
+    if settings.times:
+        rows = {
+            name: times(name, settings.times, settings.turns, settings.device)
+            for name in settings.models
+        }
+        return f"times, {settings.times}", rows
+    return "counts", {name: count(name, settings.device) for name in settings.models}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
