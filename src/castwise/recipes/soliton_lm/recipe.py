@@ -273,7 +273,7 @@ def _trainer(
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, TypeError, ImportError) as error:
         raise SettingsError(
             f"Lightning cannot make a Trainer with --devices {place.devices} and "
             f"--strategy {place.strategy}: {error}"
