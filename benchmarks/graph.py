@@ -33,6 +33,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,9 @@ import torch.nn.functional as F  # noqa: N812 -- its name everywhere
 from torch import Tensor, nn
 
 import castwise as cw
-from castwise.autocast import autocast
+from castwise.graph import measure
 from castwise.graph.capture import PlanningBackend
 from castwise.graph.settings import Surroundings
-from castwise.numerics.census import observe
-from castwise.numerics.error import relative_error
 
 TESTS = Path(__file__).parents[1] / "tests"
 
@@ -263,86 +262,27 @@ def torch_run(model: nn.Module) -> Run:
     return run
 
 
-def table_run(model: nn.Module) -> Run:
-    """The operator table of castwise, operator by operator."""
-
-    def run(x: Tensor) -> Tensor:
-        with autocast(x.device.type, "bf16"):
-            return model(x)
-
-    return run
-
-
-def plan_run(model: nn.Module) -> Run:
-    """The plan, run operator by operator."""
-    return cw.compile(model, "bf16-mixed", inner="eager")
-
-
-RUNS: dict[str, Callable[[nn.Module], Run]] = {
-    "torch.autocast": torch_run,
-    "operator table": table_run,
-    "plan": plan_run,
-}
-
-
-def gradients(model: nn.Module) -> list[Tensor]:
-    """All gradients of a model."""
-    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
-
-
-def saved_bytes(model: nn.Module, run: Run, x: Tensor) -> int:
-    """Bytes that autograd keeps for the backward, each storage once, no weights."""
-    seen: dict[int, int] = {}
-    kept: list[Tensor] = []
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), x)}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = storage.nbytes()
-            kept.append(tensor)  # no address is used again meanwhile
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        run(x)
-    return sum(seen.values())
-
-
-def count(name: str, device: str) -> dict[str, dict[str, float]]:
+def count(name: str, device: str) -> dict[str, Any]:
     """Casts, bytes and errors of one model under each way to run it."""
+    torch.compiler.reset()
     model, x = build(name).to(device), batch_of(name).to(device)
-    exact = copy.deepcopy(model).double()
-    exact_x = x.double() if x.is_floating_point() else x
-    right_loss = exact(exact_x)
-    right_loss.backward()
-    right = gradients(exact)
-    found = {}
-    for way, make in RUNS.items():
-        torch.compiler.reset()
-        fresh = copy.deepcopy(model)
-        run = make(fresh)
-        run(x)  # captures, and counts no warm-up
-        fresh.zero_grad()
-        losses: list[Tensor] = []
-
-        def step(run: Run = run, losses: list[Tensor] = losses) -> None:
-            losses.append(run(x))
-            losses[-1].backward()
-
-        census = observe(step)
-        casts = census.select(op="cast")
-        found[way] = {
-            "casts": census.num_casts,
-            "megabytes cast": sum(each.num_bytes for each in casts) / 1e6,
-            "megabytes saved": saved_bytes(fresh, run, x) / 1e6,
-            "loss error": relative_error(losses[-1].detach(), right_loss.detach()),
-            "gradient error": relative_error(gradients(fresh), right),
-        }
-    rival = found["torch.autocast"]["megabytes cast"]
-    found["plan"]["bytes cast against torch.autocast"] = (
-        found["plan"]["megabytes cast"] / rival - 1
-    )
-    return found
+    found = measure(model, (x, None), lambda loss, _: loss)
+    rival = found.torch_autocast
+    assert rival is not None
+    ways = {
+        "torch.autocast": rival,
+        "operator table": found.autocast,
+        "plan": found.planned,
+    }
+    return {
+        **{way: asdict(cost) for way, cost in ways.items()},
+        "bytes cast, against torch.autocast": found.planned.bytes_cast
+        / rival.bytes_cast
+        - 1,
+        "bytes saved, against torch.autocast": found.planned.bytes_saved
+        / rival.bytes_saved
+        - 1,
+    }
 
 
 def times(name: str, inner: str, num_turns: int, device: str) -> dict[str, float]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import castwise as cw
 from castwise.errors import PolicyError, SettingsError
+from castwise.graph import measure
 from castwise.graph.compiled import CompiledModel
 from castwise.numerics.census import observe
 from castwise.numerics.error import relative_error
@@ -289,3 +290,31 @@ def test_every_case_is_planned_without_a_second_trial() -> None:
         for graph in compiled.plan().graphs:
             refused = [str(n) for n in graph.nodes if "refuses" in n.because]
             assert not refused
+
+
+@pytest.mark.parametrize("precision", ["c=bf16", "c=fp32", "c=fp64"])
+def test_the_contract_holds_under_a_plan(precision: str) -> None:
+    """Every operator of forward and backward runs in the format that was promised."""
+    policy = preset("bf16-mixed").with_rule(module="solver", precision=precision)
+    compiled = compiled_of(policy)
+    proof = compiled.prove(lambda: compiled(batch()).sum().backward())
+    assert proof.check().holds
+    assert any(run.stage == "backward" for run in proof.operators)
+    assert any(run.in_graph for run in proof.operators)
+
+
+def test_a_plan_is_measured_beside_autocast_and_float64() -> None:
+    """Fewer bytes cast, no more saved, and as near to float64."""
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    model = Branches()
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    measured = measure(model, (batch(), batch()), F.mse_loss).check()
+    assert measured.torch_autocast is not None
+    for rival in (measured.autocast, measured.torch_autocast):
+        assert measured.planned.num_casts < rival.num_casts
+        assert measured.planned.bytes_cast < rival.bytes_cast
+        assert measured.planned.bytes_saved <= rival.bytes_saved
+    assert measured.planned.gradient_error > 1e-6  # it did compute low
+    assert all(torch.equal(kept[n], v) for n, v in model.state_dict().items())
+    assert "gradient error" in str(measured)

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch._dynamo.config
@@ -34,12 +35,15 @@ from castwise.graph.coverage import (
 from castwise.graph.kept_weights import KeptWeights
 from castwise.graph.plan import Plan, Uncovered
 from castwise.graph.settings import Surroundings
+from castwise.numerics.contract import Contract, prove
 from castwise.policy.keys import PHASES
 from castwise.policy.presets import preset
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
+    from castwise.islands import AppliedPolicy
+    from castwise.policy.ops import OperatorTable
     from castwise.policy.rules import Policy
 
 
@@ -103,6 +107,34 @@ class CompiledModel(nn.Module):
             graphs=tuple(variant.backend.graphs),
             uncovered=variant.uncovered,
         )
+
+    def prove(
+        self, run: Callable[[], object], *, brought: Iterable[str] = ()
+    ) -> Contract:
+        """Prove that what a callable runs keeps what the policy promises.
+
+        Args:
+            run: Runs forward and backward through this model, once or several times.
+            brought: Formats of floating inputs that come from outside.
+
+        Returns:
+            The contract; kernels that Inductor generated are no operators to see, and
+            it says so.
+        """
+        bound = self._variant().surroundings.bound
+        promised = SimpleNamespace(bound=bound, phase=self.phase)
+        # a plan puts no island on the model: what was promised is all there is
+        return prove(run, self, cast("AppliedPolicy", promised), brought=brought)
+
+    @property
+    def operator_table(self) -> OperatorTable:
+        """The operator table of the phase."""
+        return self._variant().surroundings.table
+
+    @property
+    def low_formats(self) -> tuple[str, ...]:
+        """The low formats that modules compute in."""
+        return tuple(self._variant().surroundings.lows)
 
     def refresh_weights(self) -> None:
         """Cast kept weights again, after a write that nothing could notice."""

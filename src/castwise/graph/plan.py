@@ -211,7 +211,7 @@ class Plan:
     def compare(self) -> Comparison:
         """The bill of casts beside that of autocast with the same operator table.
 
-        `castwise.graph.measure` runs both, and adds errors and saved bytes.
+        `castwise.graph.measure` runs both, and adds saved bytes and errors.
         """
         return Comparison(
             planned=_total(graph.planned for graph in self.graphs),
