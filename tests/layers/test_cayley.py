@@ -15,6 +15,8 @@ from castwise.layers.conjugate_gradient import Outcome
 from castwise.layers.hamiltonian import GraphHamiltonian, apply_laplacian
 from castwise.layers.ieee_products import ieee_products
 from castwise.layers.phase_rotation import rotate
+from castwise.policy import preset
+from castwise.training.step import prepare
 
 SOLVERS = ("explicit", "iterative", "chebyshev")
 
@@ -422,3 +424,24 @@ def test_a_compiled_model_gives_the_same_bits(solver: str) -> None:
     assert torch.equal(out, expected)
     assert leaf.grad is not None
     assert probe.read()["0"].residual <= 1e-6
+
+
+def test_unitarity_is_measured_inside_an_island_on_the_layer_itself() -> None:
+    """The probe asks the layer as the policy runs it, not as its surroundings run."""
+    torch.manual_seed(0)
+    layer = CayleyPropagator(32, guarded=False)
+    model = nn.Sequential(nn.Linear(32, 32), layer)
+    found = []
+    for policy in (
+        preset("bf16-mixed"),
+        preset("bf16-mixed").with_rule(module="1", precision="fp32", because="a test"),
+    ):
+        run = prepare(model, torch.optim.SGD(model.parameters(), lr=0.1), policy)
+        probe = HealthProbe(model)
+        with run.region():
+            model(torch.randn(5, 32))
+        found.append(probe.read()["1"].unitarity)
+        probe.remove()
+        run.remove()
+    assert found[0] > 1e-3
+    assert found[1] < 3e-7

@@ -50,10 +50,14 @@ MEASURES = tuple(f.name for f in fields(CayleyHealth) if f.name != "messages")
 
 
 def unitarity(layer: CayleyPropagator) -> Tensor:
-    """Send the identity through the step and see how far from unitary it is."""
+    """Send the identity through the layer and see how far from unitary it is.
+
+    A rotation turns each row of the identity by a phase and no more, so what is seen
+    is the step; and by `forward`, because that is what an island is put around.
+    """
     weight = layer.envelope
     eye = torch.eye(len(weight), device=weight.device)
-    u = layer.step(torch.stack((eye, torch.zeros_like(eye)))).double()
+    u = as_planes(layer.forward(eye)).double()
     # rows are images: U^H U = (re - i im)(re + i im)^T for a symmetric U
     real = u[0] @ u[0].T + u[1] @ u[1].T - eye
     imaginary = u[0] @ u[1].T - u[1] @ u[0].T

@@ -147,10 +147,16 @@ def train(folder: Path, recipe: str) -> Path:
     return out
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_either_model_writes_from_its_checkpoint(tmp_path: Path, recipe: str) -> None:
+@pytest.fixture(scope="module", params=RECIPES)
+def out(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The folder of a run of either recipe."""
+    return train(tmp_path_factory.mktemp("runs"), request.param)
+
+
+def test_either_model_writes_from_its_checkpoint(out: Path) -> None:
     """From a file or the folder of a run; the same seed writes the same."""
-    out = train(tmp_path, recipe)
     (file,) = (out / "checkpoints").glob("*.safetensors")
     how = ["--prompt", "The for", "--tokens", "30", "--seed", "4"]
     texts = [
@@ -165,16 +171,14 @@ def test_either_model_writes_from_its_checkpoint(tmp_path: Path, recipe: str) ->
     assert texts[0].output not in other.output
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_a_loaded_model_says_what_was_trained(tmp_path: Path, recipe: str) -> None:
+def test_a_loaded_model_says_what_was_trained(out: Path) -> None:
     """Its weights are those of the checkpoint, bit by bit."""
     from castwise.checkpoints import load_checkpoint
     from castwise.recipes.language_models import load_model
 
-    out = train(tmp_path, recipe)
     (file,) = (out / "checkpoints").glob("*.safetensors")
     loaded = load_model(file)
-    tree = load_checkpoint(file, kind=f"{recipe} run")
+    tree = load_checkpoint(file, kind=f"{out.name} run")
     stored = tree["lightning"]["state_dict"] if "lightning" in tree else tree["model"]
     held = loaded.model.state_dict()
     assert len(held) == len(stored)
