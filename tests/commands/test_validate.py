@@ -159,18 +159,25 @@ def test_a_diagnosis_names_cause_and_line(path: Path, run: Run, tmp_path: Path) 
     assert "cause: rounding" in out
     assert re.search(r"at: sub in 1 \(forward\) at .*mine.py:\d+", out)
     assert json.loads(record.read_text())["cause"] == "rounding"
-    assert read_report(page.with_suffix(".json")).verdict.text == "rounding"
+    assert read_report(page.with_suffix(".json")).verdict.text == "Rounding"
     code, out, _ = run("diagnose", f"{path}:divides")
     assert code == 1
     assert "cause: algorithm" in out
     assert "at: div in 1" in out
 
 
-def test_a_sound_model_leaves_with_0(path: Path, run: Run) -> None:
-    """And a limit of the loss makes the algorithm answerable for it."""
-    code, out, _ = run("diagnose", f"{path}:good")
+def test_a_sound_model_leaves_with_0(path: Path, run: Run, tmp_path: Path) -> None:
+    """With its errors by format; and a limit makes the algorithm answerable for it."""
+    page = tmp_path / "report.html"
+    code, out, _ = run("diagnose", f"{path}:good", "--report", page)
     assert code == 0
     assert "cause: none" in out
+    report = read_report(page.with_suffix(".json"))
+    assert report.verdict.text == "Nothing is wrong"
+    (bars, _) = report.sections[1].blocks
+    assert bars.names == ("bf16-mixed", "fp32", "fp64")
+    assert 1e-3 < bars.values[0].value < 6e-2
+    assert bars.values[2].value == 0
     code, out, _ = run("diagnose", f"{path}:good", "--limit", "1e-3")
     assert code == 1
     assert "cause: algorithm" in out

@@ -78,7 +78,9 @@ def _rule(result: Validation) -> Facts:
         Fact(
             name="formats named by hand",
             value=lifted,
-            because="the reference ran these lines in float64 all the same",
+            because="the reference ran these lines in float64 all the same"
+            if result.lifted
+            else "",
         ),
     ]
     return Facts(facts=tuple(facts))

@@ -353,6 +353,20 @@ class Case:
             EvidenceRow(what=what, error=error, measure=measure, note=note)
         )
 
+    def note_formats(self) -> None:
+        """Note the error by format: the candidate, fp32 and float64."""
+        known = {each.what for each in self.evidence}
+        name = self.policy.name if self.policy else f"as it is ({self.format})"
+        for what in (name, "fp32", "fp64"):
+            if what in known:
+                continue
+            if what == "fp64":
+                self.note(what, self.right_runs)
+            elif what == name:
+                self.note(what, self.candidate_runs)
+            elif self.fp32_runs:
+                self.note(what, self.fp32_runs)
+
     def bad_inputs(self) -> list[str]:
         """Places in the batches that hold an infinity or NaN."""
         return [

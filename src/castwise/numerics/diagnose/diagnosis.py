@@ -104,6 +104,7 @@ def diagnose(
             found = look(case)
             if found is not None:
                 return found
+        case.note_formats()
     return Diagnosis(
         subject=case.name,
         cause="none",

@@ -165,7 +165,7 @@ def not_finite(case: Case) -> Diagnosis | None:
         trail = Trail(case.module)
         again, scale = case.candidate(batch, trail)
         origin = _blamed(trail, again)
-        _note_all(case)
+        case.note_formats()
         if origin is None:
             continue
         if is_range(origin) or not origin.inputs_finite:
@@ -196,7 +196,7 @@ def cast_tensor(case: Case) -> Diagnosis | None:
     if worst is None or explained[worst] < 0.5 * error:
         return None
     fmt = _held_low(case)[worst]
-    _note_all(case)
+    case.note_formats()
     case.evidence.append(
         EvidenceRow(what=f"fp64 with {worst} alone in {fmt}", error=explained[worst])
     )
@@ -215,7 +215,7 @@ def format_apart(case: Case) -> Diagnosis | None:
     runs = case.candidate_runs
     if case.holds(runs):
         return None
-    _note_all(case)
+    case.note_formats()
     error, fmt = case.worst_error(runs), FORMATS[case.format]
     scale = case.candidate(case.batches[0])[1]
     found = {}
@@ -317,17 +317,6 @@ def _narrower_trail(case: Case, batch: Any) -> None:
     if first is not None:
         note = f"call {trail.call_of(first)} of {first.op} made {first.made}"
         case.evidence.append(EvidenceRow(what=f"as it is ({first.format})", note=note))
-
-
-def _note_all(case: Case) -> None:
-    """The error by format: the candidate, fp32 and float64."""
-    case.note(
-        case.policy.name if case.policy else f"as it is ({case.format})",
-        case.candidate_runs,
-    )
-    if case.fp32_runs:
-        case.note("fp32", case.fp32_runs)
-    case.note("fp64", case.right_runs)
 
 
 def _floor(case: Case) -> float:

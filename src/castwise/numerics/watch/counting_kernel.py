@@ -4,6 +4,9 @@ Operators of torch need a pass and a temporary for each comparison, ten of them 
 and a small tensor costs more calls than counting. Here one call samples a tensor of any
 format and counts it, and one call does so for all weights and gradients of a model.
 Other devices keep the operators, and both give the same counts.
+
+What numba compiled is kept until this file changes. What other rooms decide about
+samples therefore comes as an argument, and is compiled in nowhere.
 """
 
 from __future__ import annotations
@@ -15,7 +18,6 @@ from numba import njit
 from numba.np.numpy_support import carray
 
 from castwise.numerics.watch.exponents import INFINITE, LOWEST, NAN, ZERO
-from castwise.numerics.watch.samples import NEIGHBOURS, SAMPLE, STRETCHES
 from castwise.optim.addresses import pointer
 
 FP32, BF16, FP16 = 0, 1, 2
@@ -39,24 +41,31 @@ _COMPILE: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"
 
 
 @njit(**_COMPILE)  # type: ignore[untyped-decorator]
-def _take(source: Any, size: int, draws: Any, out: Any) -> int:
-    """Copy a small tensor, or four neighbours of each stretch of a large one."""
-    if size <= SAMPLE:
+def _take(source: Any, size: int, draws: Any, neighbours: int, out: Any) -> int:
+    """Copy a small tensor, or some neighbours of each stretch of a large one."""
+    stretches = len(draws)
+    if size <= stretches * neighbours:
         for i in range(size):
             out[i] = source[i]
         return size
-    stretch = size // STRETCHES
-    span = np.float64(stretch - NEIGHBOURS + 1)
-    for k in range(STRETCHES):
+    stretch = size // stretches
+    span = np.float64(stretch - neighbours + 1)
+    for k in range(stretches):
         first = k * stretch + np.int64(draws[k] * span)
-        for j in range(NEIGHBOURS):
-            out[k * NEIGHBOURS + j] = source[first + j]
-    return SAMPLE
+        for j in range(neighbours):
+            out[k * neighbours + j] = source[first + j]
+    return stretches * neighbours
 
 
 @njit(**_COMPILE)  # type: ignore[untyped-decorator]
 def _sample(
-    address: int, fmt: int, size: int, draws: Any, halves: Any, out: Any
+    address: int,
+    fmt: int,
+    size: int,
+    draws: Any,
+    neighbours: int,
+    halves: Any,
+    out: Any,
 ) -> int:
     """Write the bits in fp32 of what is looked at, and return how many there are.
 
@@ -64,14 +73,16 @@ def _sample(
         address: Where a contiguous tensor stands.
         fmt: What it holds.
         size: How many.
-        draws: float64 [STRETCHES] in [0, 1), the place in each stretch.
+        draws: float64 in [0, 1), the place in each stretch; one for each.
+        neighbours: How many numbers are taken of each stretch.
         halves: int32 [65536], the bits in fp32 of each number of fp16.
-        out: int32 [SAMPLE] or more.
+        out: int32, long enough for all that is taken.
     """
     if fmt == FP32:
-        return int(_take(carray(pointer(address), (size,), np.int32), size, draws, out))
+        wide = carray(pointer(address), (size,), np.int32)
+        return int(_take(wide, size, draws, neighbours, out))
     source = carray(pointer(address), (size,), np.uint16)
-    taken = _take(source, size, draws, out)
+    taken = _take(source, size, draws, neighbours, out)
     if fmt == BF16:
         for i in range(taken):
             out[i] = out[i] << 16
@@ -105,26 +116,39 @@ def count_tensor(
     fmt: int,
     size: int,
     draws: Any,
+    neighbours: int,
     halves: Any,
     scratch: Any,
     counts: Any,
     row: int,
 ) -> None:
     """Count one tensor in a row; arguments as in `_sample`."""
-    taken = _sample(address, fmt, size, draws, halves, scratch)
+    taken = _sample(address, fmt, size, draws, neighbours, halves, scratch)
     _tally(scratch, taken, counts[row])
 
 
 @njit(**_COMPILE)  # type: ignore[untyped-decorator]
 def count_weights(
-    table: Any, draws: Any, halves: Any, old: Any, gradients: Any, counts: Any
+    table: Any,
+    draws: Any,
+    neighbours: int,
+    halves: Any,
+    old: Any,
+    gradients: Any,
+    counts: Any,
 ) -> None:
     """Count weights and their gradients, and keep the samples of both, as bits."""
     for at in range(len(table)):
         weight = table[at]
         here = old[weight[PLACE] :]
         taken = _sample(
-            weight[WEIGHT], weight[WEIGHT_FORMAT], weight[SIZE], draws, halves, here
+            weight[WEIGHT],
+            weight[WEIGHT_FORMAT],
+            weight[SIZE],
+            draws,
+            neighbours,
+            halves,
+            here,
         )
         _tally(here, taken, counts[weight[WEIGHT_ROW]])
         here = gradients[weight[PLACE] :]
@@ -133,6 +157,7 @@ def count_weights(
             weight[GRADIENT_FORMAT],
             weight[SIZE],
             draws,
+            neighbours,
             halves,
             here,
         )
@@ -143,6 +168,7 @@ def count_weights(
 def count_lost(
     table: Any,
     draws: Any,
+    neighbours: int,
     halves: Any,
     scratch: Any,
     old: Any,
@@ -156,8 +182,9 @@ def count_lost(
     Args:
         table: The weights after the update.
         draws: As they were before it.
+        neighbours: As in `_sample`.
         halves: As in `_sample`.
-        scratch: int32 [SAMPLE].
+        scratch: int32, long enough for one sample.
         old: Bits of the weights before, as `count_weights` kept them.
         gradients: Bits of their gradients; where one is zero there was no update.
         formats: Lowest exponent field of each format.
@@ -170,7 +197,13 @@ def count_lost(
         weight = table[at]
         row, place = weight[WEIGHT_ROW], weight[PLACE]
         taken = _sample(
-            weight[WEIGHT], weight[WEIGHT_FORMAT], weight[SIZE], draws, halves, scratch
+            weight[WEIGHT],
+            weight[WEIGHT_FORMAT],
+            weight[SIZE],
+            draws,
+            neighbours,
+            halves,
+            scratch,
         )
         for i in range(taken):
             if gradients[place + i] & 0x7FFFFFFF == 0:

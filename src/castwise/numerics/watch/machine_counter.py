@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from castwise.numerics.half_table import halves
 from castwise.numerics.watch import counting_kernel as kernel
 from castwise.numerics.watch.exponents import NUM_BINS
-from castwise.numerics.watch.samples import SAMPLE, half_ulps
+from castwise.numerics.watch.samples import NEIGHBOURS, SAMPLE, half_ulps
 
 _FORMATS = {
     torch.float32: kernel.FP32,
@@ -41,6 +41,7 @@ class MachineCounter:
         self._of_step = np.zeros_like(self._counts)
         self._lost = np.zeros((2 + len(formats), num_rows), np.int64)
         self._scratch = np.zeros(SAMPLE, np.int32)
+        self._halves = halves()
         self._draws: NDArray[np.float64] = np.zeros(0)
         self._weights: list[tuple[str, torch.dtype, int]] = []
         self._table = np.zeros((0, kernel.NUM_COLUMNS), np.int64)
@@ -55,7 +56,7 @@ class MachineCounter:
         return (
             type(tensor) in _PLAIN
             and tensor.dtype in _FORMATS
-            and tensor.device.type == "cpu"
+            and tensor.is_cpu
             and (
                 tensor.is_contiguous()
                 or (
@@ -80,7 +81,8 @@ class MachineCounter:
             _FORMATS[tensor.dtype],
             tensor.numel(),
             self._draws,
-            halves(),
+            NEIGHBOURS,
+            self._halves,
             self._scratch,
             self._of_step,
             row,
@@ -121,7 +123,8 @@ class MachineCounter:
         kernel.count_weights(
             self._table,
             self._draws,
-            halves(),
+            NEIGHBOURS,
+            self._halves,
             self._old,
             self._gradients,
             self._of_step,
@@ -141,7 +144,8 @@ class MachineCounter:
         kernel.count_lost(
             self._table[kept],
             self._draws,
-            halves(),
+            NEIGHBOURS,
+            self._halves,
             self._scratch,
             self._old,
             self._gradients,

@@ -65,12 +65,15 @@ class WatchTable:
         """Count a tensor; the sample of it, where operators took one."""
         row = self._rows.get((kind, name))
         local = _local(tensor)
-        if row is None or local.device != self._device or not local.numel():
+        if row is None:
             return None
-        self._seen[row] = tensor.dtype, tensor.numel()
         if self._machine is not None and self._machine.fits(local):
+            self._seen[row] = tensor.dtype, tensor.numel()
             self._machine.see(row, local)
             return None
+        if local.device != self._device or not local.numel():
+            return None
+        self._seen[row] = tensor.dtype, tensor.numel()
         sample = self._places.sample(local)
         self._counter.add(row, sample)
         return sample
@@ -199,6 +202,8 @@ def _lost(fmt: str, counts: list[int]) -> dict[str, float]:
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
     """The part of a sharded tensor that stands on this rank."""
+    if type(tensor) is torch.Tensor:  # as most are
+        return tensor
     to_local = getattr(tensor, "to_local", None)
     found: torch.Tensor = tensor if to_local is None else to_local()
     return found

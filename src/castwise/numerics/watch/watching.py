@@ -158,8 +158,9 @@ class Watch:
         table = self._table
         if table is None or not self._looking:
             return
-        for tensor in floating(output):
-            if tensor.is_complex():
+        tensors = (output,) if type(output) is torch.Tensor else floating(output)
+        for tensor in tensors:
+            if not tensor.is_floating_point():  # integers, and complex numbers
                 continue
             table.see("output", fqn, tensor)
             if tensor.requires_grad:
