@@ -88,7 +88,8 @@ class SixteenBits(Store):
         """Narrow; scale by a power of two where fp16 would not reach."""
         if not self._is_bounded or isinstance(flat, FakeTensor):
             return _Narrow(flat.to(self._dtype), flat.dtype, 1.0)
-        largest = float(torch.linalg.vector_norm(flat, math.inf))
+        # amax and amin: vector_norm(inf) is 30 times slower on a CPU; a NaN passes both
+        largest = max(float(flat.amax()), -float(flat.amin()))
         if not math.isfinite(largest):
             return None
         if _FP16_SMALL <= largest <= _FP16_MAX or largest == 0.0:
@@ -119,10 +120,10 @@ class EightBits(Store):
     def put(self, flat: torch.Tensor) -> Kept | None:
         """Scale each block so that its largest number becomes 127, and round."""
         num_numbers = flat.numel()
-        padded = torch.nn.functional.pad(flat, (0, -num_numbers % BLOCK))
+        padded = torch.nn.functional.pad(flat.float(), (0, -num_numbers % BLOCK))
         blocks = padded.view(-1, BLOCK)
-        largest = torch.linalg.vector_norm(
-            blocks, math.inf, dim=1, keepdim=True, dtype=torch.float32
+        largest = torch.maximum(
+            blocks.amax(dim=1, keepdim=True), -blocks.amin(dim=1, keepdim=True)
         )
         if not isinstance(flat, FakeTensor) and not bool(largest.isfinite().all()):
             return None
@@ -146,7 +147,7 @@ class _Codes(Kept):
         self.num_bytes = codes.nbytes + scales.nbytes
 
     def get(self) -> torch.Tensor:
-        wide = torch.mul(self._codes, self._scales).to(self._dtype)
+        wide = self._codes.to(torch.float32).mul_(self._scales).to(self._dtype)
         return wide.view(-1)[: self._num_numbers]
 
 
