@@ -66,7 +66,7 @@ def draw_bars(chart: Bars, width: int, key: str) -> Markup:
     """Draw horizontal bars with their confidence intervals; arguments as above."""
     row, top = 28.0, 6.0
     longest = max((len(name) for name in chart.names), default=0)
-    left = min(longest * _LETTER + 12, width * 0.4)
+    left = min(longest * 1.2 * _LETTER + 12, width * 0.4)  # of a wide font
     room = 70.0  # for the value beside the bar
     ends = [e for v in chart.values for e in (v.value, v.low, v.high) if e is not None]
     axis = fit_axis([0.0, *ends], left, width - room, num_ticks=4, tight=True)
