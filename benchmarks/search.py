@@ -45,7 +45,7 @@ from castwise.islands import module_facts
 from castwise.numerics.search import Budget, SearchSettings, search
 from castwise.numerics.search.bench import Bench
 from castwise.numerics.search.candidates import default_of, parse_candidates
-from castwise.numerics.search.found import Choice, Problem
+from castwise.numerics.search.problem import Choice, Problem
 from castwise.numerics.search.record_file import Record
 from castwise.numerics.search.scores import Scores
 from castwise.numerics.search.scoring import Scoring, ScoringSettings

@@ -13,7 +13,8 @@ import pytest
 from castwise.numerics.search.belief import Belief
 from castwise.numerics.search.budget import Budget
 from castwise.numerics.search.candidates import parse_candidates
-from castwise.numerics.search.found import Choice, Problem, Trial
+from castwise.numerics.search.found import Trial
+from castwise.numerics.search.problem import Choice, Problem
 from castwise.numerics.search.record_file import Record
 from castwise.numerics.search.trials import Trials
 

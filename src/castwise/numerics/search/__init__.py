@@ -23,6 +23,7 @@ the ground upwards:
     scoring.py         how scores are taken, and what it costs
     solve.py           the knapsack
     assignment.py      a choice written as a policy
+    problem.py         the knapsack of one budget, and its solution as a policy
     found.py           what was found, with its evidence
     belief.py          what trials taught about the choices not run yet
     trials.py          policies run for real, until the cheapest that holds is known

@@ -24,7 +24,8 @@ from dataclasses import dataclass
 
 import torch
 
-from castwise.numerics.search.found import Choice, Problem, Trial
+from castwise.numerics.search.found import Trial
+from castwise.numerics.search.problem import Choice, Problem
 
 _DEVIATION = 0.7  # of a load that was only scored, relative to it
 _LEAST = 1e-3  # deviation of any load, relative to what is allowed in all
@@ -106,7 +107,9 @@ class Belief:
         known = [t for t in trials if math.isfinite(t.usage) and t.predicted > 0]
         ratios = [(t.usage / t.predicted) ** 2 for t in known if t.usage > 0]
         factor = statistics.median(ratios) if ratios else 1.0
-        loads = factor * torch.tensor(problem.loads, dtype=torch.float64).reshape(-1)
+        flat = [load for row in problem.loads for load in row]
+        flat += [pair.load for pair in problem.pairs]
+        loads = factor * torch.tensor(flat, dtype=torch.float64)
         loads[~loads.isfinite()] = 0.0  # is never asked for
         self._mean = loads
         deviation = _DEVIATION * loads + _LEAST * self._allowed * (loads > 0)
@@ -129,7 +132,10 @@ class Belief:
         self._taught = torch.cholesky_solve(error, self._root)[:, 0]
 
     def _places(self, choice: Choice) -> list[int]:
-        return [at * self._width + one for at, one in enumerate(choice)]
+        pairs = (place for place, _ in self._problem.active(choice))
+        start = len(choice) * self._width
+        own = [at * self._width + one for at, one in enumerate(choice)]
+        return [*own, *(start + place for place in pairs)]
 
     def _overlap(self, rows: torch.Tensor) -> _Overlap:
         """Sums over the loads that each row has.
@@ -164,7 +170,8 @@ class Belief:
     def loads(self) -> list[list[float]]:
         """Loads as they are believed now, for the knapsack."""
         mean = self._mean + self._variance * (self._taught @ self._had)
-        rows = mean.clamp_min(0.0).reshape(-1, self._width).tolist()
+        count = len(self._problem.loads) * self._width
+        rows = mean[:count].clamp_min(0.0).reshape(-1, self._width).tolist()
         return [
             [
                 math.inf if math.isinf(before) else now
@@ -212,9 +219,8 @@ class Belief:
         if not moves:
             return
         saved = torch.tensor([each for _, _, each in moves], dtype=torch.float64)
-        changes = self._changes(best, moves)
-        base = self._overlap(self._row(best.choice))
-        alone = base.plus(changes)
+        alone = self._overlap(torch.cat([self._row(_made(best, m)) for m in moves]))
+        changes = alone.minus(self._overlap(self._row(best.choice)))
         first, second = torch.triu_indices(len(moves), len(moves), offset=1)
         groups = torch.tensor([at for at, _, _ in moves])
         worth = (groups[first] != groups[second]) & (saved[first] + saved[second] > 0)
@@ -232,23 +238,9 @@ class Belief:
                 return
             pair = place - len(moves)
             made = [place] if pair < 0 else [int(first[pair]), int(second[pair])]
-            choice = list(best.choice)
-            for move in made:
-                at, other, _ = moves[move]
-                choice[at] = other
-            if tuple(choice) not in tried:
-                yield Prospect(choice=tuple(choice), gain=gain)
-
-    def _changes(self, best: Trial, moves: list[tuple[int, int, float]]) -> _Overlap:
-        """What each move adds to the sums of the best choice."""
-        new, old = (
-            torch.zeros(len(moves), len(self._mean), dtype=torch.float64)
-            for _ in range(2)
-        )
-        for rank, (at, other, _) in enumerate(moves):
-            new[rank, at * self._width + other] = 1.0
-            old[rank, at * self._width + best.choice[at]] = 1.0
-        return self._overlap(new).minus(self._overlap(old))
+            choice = _made(best, *(moves[move] for move in made))
+            if choice not in tried:
+                yield Prospect(choice=choice, gain=gain)
 
     def _moves(self, best: Trial) -> list[tuple[int, int, float]]:
         """Group, another candidate for it, and what that saves; dearer ones too."""
@@ -260,3 +252,9 @@ class Belief:
             if other != one and math.isfinite(loads[at][other])
         ]
         return sorted(moves, key=lambda move: -abs(move[2]))[:_MOST_MOVES]
+
+
+def _made(best: Trial, *moves: tuple[int, int, float]) -> Choice:
+    """The best choice with some groups changed."""
+    changed = {at: other for at, other, _ in moves}
+    return tuple(changed.get(at, one) for at, one in enumerate(best.choice))

@@ -33,10 +33,10 @@ from castwise.numerics.search.candidates import default_of, parse_candidates
 from castwise.numerics.search.cost import CostModel, check_cost_model
 from castwise.numerics.search.found import (
     Found,
-    Problem,
     findings_of,
     worst_errors,
 )
+from castwise.numerics.search.problem import Problem
 from castwise.numerics.search.record_file import (
     Record,
     fingerprint_of,

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 from castwise.numerics.search.units import Unit
@@ -97,6 +97,9 @@ class Scores:
     has_outputs: bool = False
     """Whether products with the output were taken."""
 
+    operators: Mapping[str, Mapping[str, Score]] = field(default_factory=dict)
+    """Operator that may be put low -> unit that calls it -> what that does to it."""
+
     def record(self) -> dict[str, Any]:
         """Plain values for JSON; `from_record` reads them."""
         return asdict(self)
@@ -109,7 +112,15 @@ class Scores:
             for fqn, each in record["values"].items()
         }
         units = tuple(Unit(**_frozen(unit)) for unit in record["units"])
-        fields: dict[str, Any] = _frozen(record) | {"values": values, "units": units}
+        operators = {
+            op: {fqn: Score(**_frozen(score)) for fqn, score in each.items()}
+            for op, each in record["operators"].items()
+        }
+        fields: dict[str, Any] = _frozen(record) | {
+            "values": values,
+            "units": units,
+            "operators": operators,
+        }
         return cls(**fields)
 
     def squared_errors(self, kind: str) -> list[dict[str, float]]:
@@ -117,44 +128,66 @@ class Scores:
 
         Infinite where the candidate cannot be taken.
         """
-        source = "output" if kind == "measure" else kind
-        scale = self.scales[source] ** 2
-        if scale == 0:
-            scale = 1.0
-        raw = [self._estimates(group, source) for group in self.groups]
-        constant = _median_ratio([pair for each in raw for pair in each.values()])
+        raw, constant, scale = self._raw(kind)
         return [
             {name: _shrunk(pair, constant) / scale for name, pair in each.items()}
             for each in raw
         ]
 
+    def operator_errors(self, kind: str) -> dict[tuple[str, str], float]:
+        """The same for operators put low: operator and the unit that calls it."""
+        _, constant, scale = self._raw(kind)
+        source = _source(kind)
+        return {
+            (op, fqn): _shrunk(_estimate([score], source), constant) / scale
+            for op, each in self.operators.items()
+            for fqn, score in each.items()
+        }
+
+    def _raw(self, kind: str) -> tuple[list[dict[str, _Estimate]], float, float]:
+        """Estimates of all groups, the ratio to Fisher's, the squared scale."""
+        source = _source(kind)
+        raw = [self._estimates(group, source) for group in self.groups]
+        constant = _median_ratio([pair for each in raw for pair in each.values()])
+        return raw, constant, self.scales[source] ** 2 or 1.0
+
     def group_cost(self, group: Sequence[int], candidate: str) -> float:
         """What a group costs in a candidate."""
         return sum(self.costs[self.units[at].fqn][candidate] for at in group)
 
-    def _estimates(
-        self, group: Sequence[int], kind: str
-    ) -> dict[str, tuple[float | None, float, int]]:
-        """Candidate -> estimate of the squared error, Fisher's, number of probes."""
-        found: dict[str, tuple[float | None, float, int]] = {}
+    def _estimates(self, group: Sequence[int], kind: str) -> dict[str, _Estimate]:
+        """Candidate -> what is known of the squared error."""
+        found: dict[str, _Estimate] = {}
         for name in self.candidates:
             if name not in self.scored:
                 found[name] = (0.0, 0.0, 1)
                 continue
             scores = [self.values[self.units[at].fqn][name] for at in group]
-            fisher = sum(score.fisher for score in scores)
-            if any(score.forced for score in scores):
-                fisher = math.inf
-            if kind == "loss":
-                change = sum(score.loss for score in scores)
-                found[name] = ((change * change + fisher) / 2, fisher, 1)
-                continue
-            columns = [getattr(score, kind) for score in scores]
-            count = min(map(len, columns))
-            sums = [sum(column[k] for column in columns) for k in range(count)]
-            mean = sum(a * a for a in sums) / count if count else None
-            found[name] = (mean, fisher, count)
+            found[name] = _estimate(scores, kind)
         return found
+
+
+_Estimate = tuple[float | None, float, int]
+"""Estimate of the squared error, Fisher's, number of probes."""
+
+
+def _estimate(scores: Sequence[Score], kind: str) -> _Estimate:
+    """What is known of units that move together."""
+    fisher = sum(score.fisher for score in scores)
+    if any(score.forced for score in scores):
+        fisher = math.inf
+    if kind == "loss":
+        change = sum(score.loss for score in scores)
+        return (change * change + fisher) / 2, fisher, 1
+    columns = [getattr(score, kind) for score in scores]
+    count = min(map(len, columns))
+    sums = [sum(column[k] for column in columns) for k in range(count)]
+    return sum(a * a for a in sums) / count if count else None, fisher, count
+
+
+def _source(kind: str) -> str:
+    """Which products say something about a kind of error."""
+    return "output" if kind == "measure" else kind
 
 
 def _frozen(record: Mapping[str, Any]) -> dict[str, Any]:

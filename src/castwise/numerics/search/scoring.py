@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -56,7 +56,7 @@ from castwise.policy.rules import Policy
 _HOLDS_OTHERS = "holds other modules, which its own backward would run again"
 
 _SILENT = Score(gradient=(), output=(), loss=0.0, fisher=0.0)
-"""An operator that runs as the operator table says changes nothing."""
+"""What an operator does beside what it does to the modules that call it."""
 
 Report = Callable[[str, int, int], None]
 """Is told of progress: what is being done, how much is done, of how much."""
@@ -153,16 +153,17 @@ class Scoring:
             unstable,
             self._candidates,
         )
+        operators: dict[str, dict[str, Score]] = {}
         for op, callers in by_operator.items():
             own = operator_unit(op, callers, captured)
+            called = {caller.fqn: values[caller.fqn, op] for caller in callers}
             groups = (*groups, (len(units),))
             units = (*units, own)
             finished[own.fqn] = {
-                each.name: _SILENT
-                if each != self._default
-                else _together([values[caller.fqn, op] for caller in callers])
+                each.name: _SILENT if each != self._default else _refusal(called)
                 for each in scored
             }
+            operators[own.fqn] = called
             costs[own.fqn] = timer.of_operator(own, callers, settings.cost)
         return Scores(
             fingerprint=self._record.fingerprint,
@@ -181,6 +182,7 @@ class Scoring:
             never_called=never_called(bench.model, captured),
             num_steps=steps,
             has_outputs=settings.with_outputs,
+            operators=operators,
         )
 
     def _handovers(self) -> Handovers:
@@ -341,19 +343,10 @@ def _first_look(captured: Captured, unit: Unit, rounding: Rounding | str) -> Sco
     return Score(gradient=(), output=(), loss=loss, fisher=fisher)
 
 
-def _together(scores: Sequence[Score]) -> Score:
-    """The score of one operator, from those of all modules that call it."""
-    return Score(
-        gradient=_sums([score.gradient for score in scores if not score.forced]),
-        output=_sums([score.output for score in scores if not score.forced]),
-        loss=sum(score.loss for score in scores),
-        fisher=sum(score.fisher for score in scores),
-        forced=next((score.forced for score in scores if score.forced), ""),
-    )
-
-
-def _sums(rows: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
-    return tuple(map(sum, zip(*rows, strict=False)))
+def _refusal(called: Mapping[str, Score]) -> Score:
+    """Why an operator cannot be put low, if it cannot; its errors are its callers'."""
+    forced = next((score.forced for score in called.values() if score.forced), "")
+    return replace(_SILENT, forced=forced)
 
 
 def _finished(

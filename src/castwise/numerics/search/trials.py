@@ -17,13 +17,12 @@ from castwise.numerics.search.bench import Bench
 from castwise.numerics.search.budget import Budget
 from castwise.numerics.search.cost import step_seconds
 from castwise.numerics.search.found import (
-    Choice,
     ParetoPoint,
-    Problem,
     Trial,
     pareto_of,
     worst_errors,
 )
+from castwise.numerics.search.problem import Choice, Problem
 from castwise.numerics.search.record_file import Record, digest_of
 from castwise.numerics.search.scoring import Report
 from castwise.policy.rules import Policy
