@@ -228,6 +228,26 @@ def test_recompute_by_globs_saves_what_recomputing_in_the_model_saves() -> None:
     assert told.saved_bytes < estimate(plain, batch, loss_of).saved_bytes / 3
 
 
+class Branches(nn.Module):
+    """Takes another way when its positions, which depend on no input, are odd."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x, squared where positions rise as they should."""
+        places = torch.arange(x.shape[1])
+        steps = torch.diff(places, prepend=places[:1] - 1)
+        return x * x if bool((steps == 1).all()) else x.exp().exp()
+
+
+def test_models_may_branch_on_what_depends_on_no_input() -> None:
+    """Positions and masks made of them have numbers, as in a real run."""
+    net = nn.Sequential(nn.Linear(9, 21), Branches())
+    batch = torch.randn(5, 9), torch.randint(21, (5,))
+    told = estimate(net, batch, loss_of)
+    real = measured(net, batch, preset("32-true"), OPTIMIZERS["sgd"])
+    assert told.saved_bytes == real.saved_bytes()
+    assert "exp" not in {each.op for each in real.allocations}
+
+
 def test_what_stands_beside_is_counted_where_it_is_named() -> None:
     """Averages of the weights are the caller's to name."""
     model, batch = conv_net()

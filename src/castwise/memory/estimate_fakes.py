@@ -24,7 +24,11 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    FakeTensor,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -199,10 +203,13 @@ class FakeStorage(WeightStorage):
 
 
 class CpuKernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Corrects fake kernels whose results have another format than those of the CPU.
+    """Puts right what fake kernels do otherwise than those of the CPU.
 
     Norms of a 16-bit input beside fp32 weights hand their moments out in fp32; the fake
     kernels promise them in the format of the input.
+
+    Integers that depend on no input, such as positions and masks made of them, are
+    computed: models branch on them, and would take another way without numbers.
     """
 
     def __torch_dispatch__(
@@ -212,15 +219,61 @@ class CpuKernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func not in _NORMS:
-            return result
-        held = [each for each in args[1:5] if isinstance(each, torch.Tensor)]
-        wide = held[0].dtype if held else args[0].dtype
-        output, *moments = result
-        return (output, *(each.to(wide) for each in moments))
+        kwargs = kwargs or {}
+        is_known = _is_known(func, args, kwargs)
+        if is_known and func in _ANSWERS:
+            with unset_fake_temporarily():
+                return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if func in _NORMS:
+            held = [each for each in args[1:5] if isinstance(each, torch.Tensor)]
+            wide = held[0].dtype if held else args[0].dtype
+            output, *moments = result
+            return (output, *(each.to(wide) for each in moments))
+        if is_known and _is_countable(result):
+            with unset_fake_temporarily():
+                return func(*args, **kwargs)
+        return result
 
 
+def _is_known(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether all that goes in has numbers, and nothing is written or drawn."""
+    if func._schema.is_mutable or torch.Tag.nondeterministic_seeded in func.tags:  # noqa: SLF001 -- no public name
+        return False
+    given = list(tensors_within((args, kwargs)))
+    if not given:
+        return func in _SOURCES
+    return all(_is_whole(each) and not isinstance(each, FakeTensor) for each in given)
+
+
+def _is_countable(result: Any) -> bool:
+    """Whether a result is of whole numbers, and small enough to be computed."""
+    return (
+        isinstance(result, FakeTensor)
+        and result.device.type == "cpu"
+        and _is_whole(result)
+        and result.numel() <= _COUNTABLE
+    )
+
+
+def _is_whole(tensor: torch.Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex())
+
+
+_COUNTABLE = 1 << 22
+_ANSWERS = frozenset(
+    {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default}  # noqa: SLF001 -- what item() calls
+)
+_SOURCES = frozenset(
+    {
+        torch.ops.aten.arange.default,
+        torch.ops.aten.arange.start,
+        torch.ops.aten.arange.start_step,
+        torch.ops.aten.ones.default,
+        torch.ops.aten.zeros.default,
+        torch.ops.aten.full.default,
+    }
+)
 _NORMS = frozenset(
     {
         torch.ops.aten.native_layer_norm.default,
