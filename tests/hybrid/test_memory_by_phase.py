@@ -81,3 +81,18 @@ def test_shares_that_are_none_are_refused() -> None:
     for shares in ({"full": -1.0, "predict": 3.0}, {"full": 0.0}):
         with pytest.raises(SettingsError, match="0 or more and not all 0"):
             estimate.average(shares)
+
+
+def test_states_that_rest_are_held_by_nobody_in_predict() -> None:
+    """Neither the moments nor their copy; correct has them back, without a copy."""
+    stay = estimate_memory(HybridSettings(), num_parameters=1001)
+    rest = estimate_memory(HybridSettings(predict_states="disk"), num_parameters=1001)
+    saved = {
+        phase: stay.phases[phase].total - rest.phases[phase].total for phase in Phase
+    }
+    assert saved == {
+        Phase.WARMUP: 0,
+        Phase.FULL: 0,
+        Phase.PREDICT: 16 * 1001,
+        Phase.CORRECT: 8 * 1001,
+    }

@@ -7,7 +7,10 @@
 
 The *trial* is what can take a prediction back and learn from it: a copy of the weights,
 the proposal, the landing while it is written, and, for a late rollback, a copy of the
-moments. The format of a phase changes the activations alone, since weights and whatever
+moments. Where optimizer states rest in predict (`predict_states`), neither they nor
+their copy are held then; in correct they are back, and the copy still is elsewhere.
+
+The format of a phase changes the activations alone, since weights and whatever
 belongs to them stay in fp32. A low predict phase therefore never lowers the peak, which
 is that of correct or full.
 """
@@ -100,7 +103,8 @@ def estimate_memory(
     copy = _FP32 * num_parameters
     moments = round(moments_per_parameter * num_parameters)
     predictor = settings.make_predictor()
-    keeps_moments = settings.late_rollback and settings.correct_steps > 0
+    rests = settings.predict_states != "stay"
+    keeps_moments = settings.late_rollback and settings.correct_steps > 0 and not rests
     phases = {}
     for phase in Phase:
         config = settings.mixed_precision_config
@@ -111,7 +115,7 @@ def estimate_memory(
         phases[phase] = PhaseMemory(
             weights=copy,
             gradients=copy if phase.computes_backward else 0,
-            moments=moments,
+            moments=0 if rests and phase is Phase.PREDICT else moments,
             predictor=round(predictor.bytes_per_parameter * num_parameters),
             trial=on_trial * (2 * copy + keeps_moments * moments)
             + (phase is Phase.PREDICT) * copy,

@@ -89,7 +89,7 @@ class _Disk(_Shelf):
             like = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
             self._places.append((place, like))
             flat = tensor.detach().reshape(-1)
-            for part in flat.split(_PART):
+            for part in torch.split(flat, _PART):
                 part.cpu().view(torch.uint8).numpy().tofile(self._file)
             place += tensor.numel() * tensor.element_size()
 

@@ -99,7 +99,7 @@ class HybridChoice:
             refuse_contradictions(
                 {"--hybrid": self.asked}, {"--hybrid": "a plain run"}, where=where
             )
-        given = "--" in facts["asked_by"]
+        given = facts["asked_by"].startswith("--")
         base = Policy.parse(facts["policy"], where=str(where))
         mine = self.settings(num_steps=num_steps, base=base, base_is_given=given)
         assert mine is not None, "it is given"

@@ -203,7 +203,7 @@ class Curve(WholeBatch):
 class Minibatch(Problem):
     """A perceptron on 1,000 samples of a teacher, in batches of 64."""
 
-    rates = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
+    rates: Sequence[float] = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
     decays = (0, 400)
     max_steps = 2000
     evaluate_every = 20
@@ -242,7 +242,7 @@ class Language(Problem):
     evaluate_every = 50
     tuning_seeds = (100,)
     has_target = False  # trained to the last step; the final loss is compared
-    num_in_batch, length, width = 16, 64, 48
+    num_in_batch, length, width, depth = 16, 64, 48, 1
 
     def prepare(self) -> None:
         """Cut the text into a training and a validation part."""
@@ -251,7 +251,7 @@ class Language(Problem):
         alphabet = sorted(set(text))
         ids = torch.tensor([alphabet.index(each) for each in text[:200_000]])
         self.train, self.valid = ids[:180_000], ids[180_000:]
-        self.model = CharTransformer(len(alphabet), self.width, self.length)
+        self.model = CharTransformer(len(alphabet), self.width, self.length, self.depth)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return one cross entropy for each window."""
@@ -275,25 +275,41 @@ class Language(Problem):
             return float(self.loss(self.model, batch).mean())
 
 
-class CharTransformer(nn.Module):
-    """One pre-norm block of causal attention and a perceptron."""
+class TwoLayers(Language):
+    """The same with two layers and 117 thousand weights."""
 
-    def __init__(self, vocabulary: int, width: int, length: int) -> None:
+    width, depth = 64, 2
+
+
+class CharTransformer(nn.Module):
+    """Pre-norm blocks of causal attention and a perceptron."""
+
+    def __init__(self, vocabulary: int, width: int, length: int, depth: int) -> None:
         super().__init__()
         self.tokens = nn.Embedding(vocabulary, width)
         self.places = nn.Parameter(0.02 * torch.randn(length, width))
-        self.into, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
+        self.blocks = nn.Sequential(*(_Block(width) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, vocabulary)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return the logits of the next character at every place."""
-        x = self.tokens(ids) + self.places[: ids.shape[1]]
+        x = self.blocks(self.tokens(ids) + self.places[: ids.shape[1]])
+        logits: Tensor = self.head(self.norm(x))
+        return logits
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.into, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
         parts = self.into(self.norms[0](x)).unflatten(-1, (3, 4, -1))
         query, key, value = parts.permute(2, 0, 3, 1, 4).unbind(0)
         y = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.out(y.transpose(1, 2).flatten(-2))
-        x = x + self.down(functional.gelu(self.up(self.norms[1](x))))
-        logits: Tensor = self.head(self.norms[2](x))
-        return logits
+        mixed: Tensor = x + self.down(functional.gelu(self.up(self.norms[1](x))))
+        return mixed

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from castwise.errors import LossScaleError
 from castwise.hybrid.bench.problems import Problem
 from castwise.hybrid.bench.rivals import RIVALS, Mount, Point, Rider
 from castwise.training.averages import Averages, ExponentialAverage, LatestAverage
@@ -72,7 +73,10 @@ def run_one(
     rider = (mount or RIVALS[method])(problem, point)
     clock = _Clock(problem, rider)
     for step in range(problem.max_steps):
-        clock.step(step, point)
+        try:
+            clock.step(step, point)
+        except LossScaleError:  # too many steps in a row had no finite gradient
+            break
         if (step + 1) % problem.evaluate_every:
             continue
         clock.look(step + 1, averages=whole)
@@ -130,9 +134,11 @@ class _Clock:
 
     def outcome(self) -> Outcome:
         trainer, has_target = self._rider.trainer, self._problem.has_target
+        finished = math.isfinite(self._loss)
+        whole = self._spent if finished else math.inf
         return Outcome(
             backwards=self._backwards,
-            seconds=self._reached["raw"] if has_target else self._spent,
+            seconds=self._reached["raw"] if has_target else whole,
             seconds_ema=self._reached["ema"],
             seconds_lawa=self._reached["lawa"],
             final=self._loss,

@@ -23,23 +23,22 @@ from castwise.hybrid.bench.problems import (
 
 
 class FullBatch(Softmax):
-    """Softmax regression on all of 12,000 samples, with the momentum tuned too."""
+    """Softmax regression on all of 6,000 samples, with the momentum tuned too."""
 
-    rates = (1.0, 2.0, 4.0, 5.5, 7.0, 9.0)
-    momenta = (0.8, 0.9, 0.95, 0.98)
+    rates = (2.0, 4.0, 5.5, 7.0, 9.0)
+    momenta = (0.9, 0.95, 0.98)
     tuning_seeds = (100, 101)
-    num_samples = 12_000
-    max_steps = 900
+    num_samples = 6000
+    max_steps = 600
 
 
 class LargeBatch(Minibatch):
-    """A perceptron in batches of 2,048 of 8,192 samples."""
+    """A perceptron in batches of 1,024 of 4,096 samples."""
 
-    rates = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
-    momenta = (0.9, 0.95)
+    rates = (4e-3, 8e-3, 1.6e-2, 3.2e-2)
     decays = (0, 300)
-    num_samples, num_in_batch = 8192, 2048
-    max_steps = 900
+    num_samples, num_in_batch = 4096, 1024
+    max_steps = 600
     evaluate_every = 10
     target = 0.02
 
@@ -47,10 +46,9 @@ class LargeBatch(Minibatch):
 class FineTuning(Problem):
     """A trained perceptron is tuned to a teacher a little off, in batches of 512."""
 
-    rates = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
-    momenta = (0.9, 0.95)
+    rates = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
     decays = (0, 200)
-    max_steps = 600
+    max_steps = 400
     evaluate_every = 5
     target = 0.02
     num_samples, num_in_batch = 2048, 512
@@ -99,10 +97,9 @@ class FineTuning(Problem):
 class LateTraining(FineTuning):
     """The end of a run: small steps in batches of 128, down to a loss once halved."""
 
-    rates = (6.25e-5, 1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3)
-    momenta = (0.9, 0.95)
+    rates = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
     decays = (0, 300)
-    max_steps = 900
+    max_steps = 500
     evaluate_every = 10
     num_samples, num_in_batch = 4096, 128
     trained: ClassVar[dict[tuple[str, int], dict[str, Tensor]]] = {}
@@ -135,10 +132,9 @@ class LateTraining(FineTuning):
 class Physics(WholeBatch):
     """A physics-informed network: u'' = f on an interval, with u given at its ends."""
 
-    rates: Sequence[float] = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
-    momenta = (0.9, 0.95)
-    decays = (0, 1200)
-    max_steps = 2000
+    rates: Sequence[float] = (2e-3, 4e-3, 8e-3, 1.6e-2)
+    decays = (0, 1000)
+    max_steps = 1500
     evaluate_every = 10
     target = 1e-2
     num_points = 256

@@ -132,8 +132,10 @@ def lbfgs(problem: Problem, point: Point) -> Rider:
     del point
     optimizer = torch.optim.LBFGS(
         problem.model.parameters(),
-        max_iter=1,
+        max_iter=5,
         history_size=20,
+        tolerance_grad=0.0,
+        tolerance_change=0.0,
         line_search_fn="strong_wolfe",
     )
     count = [0]

@@ -24,19 +24,14 @@ import castwise
 from castwise.checkpoints import CheckpointShelf, refuse_contradictions
 from castwise.decision import Decision
 from castwise.errors import CheckpointError, SettingsError
-from castwise.hybrid import HybridSettings, HybridTrainer
-from castwise.hybrid.stepping import HybridStepping, TaskLoss
+from castwise.hybrid import HybridSettings
 from castwise.memory.monitor import MemoryMonitor
 from castwise.memory.recompute import recompute
 from castwise.numerics.census import FormatCensus, observe
 from castwise.policy import Policy
 from castwise.recipes.device_choice import choose_device
-from castwise.recipes.hybrid_choice import (
-    HybridChoice,
-    joined_policy,
-    stored_settings,
-)
-from castwise.recipes.hybrid_story import SUMMARY, summary_of
+from castwise.recipes.hybrid_choice import HybridChoice, stored_settings
+from castwise.recipes.hybrid_run import PreparedRun, prepare_run
 from castwise.recipes.kenken import closing
 from castwise.recipes.kenken.batches import PuzzleBatch
 from castwise.recipes.kenken.curricula import curriculum_of
@@ -62,7 +57,7 @@ from castwise.training.random_state import seed_everything
 from castwise.training.run_folder import RunFolder, open_run_folder
 from castwise.training.schedule import WarmupStableDecay
 from castwise.training.sentinel import Sentinel
-from castwise.training.step import Run, prepare
+from castwise.training.step import Run
 from castwise.training.trainer import Trainer, TrainerSettings
 
 DEFAULT_PRECISION = "bf16-mixed"
@@ -216,8 +211,7 @@ def train(
         )
         return SIGNAL_CODES[result.stopped_by]
     with built.averages.in_place_of_weights(), Journal(folder.path) as journal:
-        if built.hybrid is not None:
-            journal.write(SUMMARY, result.num_steps, summary_of(built.hybrid))
+        built.made.tell(journal, result.num_steps)
         closing.close(
             task=built.task,
             supply=supply,
@@ -375,8 +369,8 @@ class Built:
     journal: Journal
     """Where every line of evidence goes."""
 
-    hybrid: HybridTrainer | None
-    """What makes the steps of a run in phases."""
+    made: PreparedRun
+    """The same, with what makes the steps of a run in phases."""
 
 
 def _build(
@@ -398,32 +392,18 @@ def _build(
         lr=settings.learning_rate,
         betas=settings.betas,
     )
-    losses, hybrid = TaskLoss(), None
     monitor = MemoryMonitor(device)
-    if plan.hybrid is not None:
-        hybrid = HybridTrainer(
-            model,
-            optimizer,
-            losses,
-            settings=plan.hybrid,
-            policy=joined_policy(plan.hybrid, plan.policy.value),
-            clip_norm=settings.clip_norm,
-            device=device,
-            fallback=plan.fallback,
-            monitor=monitor,
-        )
-    run = (
-        hybrid.run
-        if hybrid is not None
-        else prepare(
-            model,
-            optimizer,
-            plan.policy.value,
-            clip_norm=settings.clip_norm,
-            device=device,
-            fallback=plan.fallback,
-        )
+    made = prepare_run(
+        model,
+        optimizer,
+        plan.policy.value,
+        hybrid=plan.hybrid,
+        clip_norm=settings.clip_norm,
+        device=device,
+        fallback=plan.fallback,
+        monitor=monitor,
     )
+    run = made.run
     averages: Averages = NoAverages()
     if settings.average_decay > 0.0:
         averages = ExponentialAverage(
@@ -437,8 +417,6 @@ def _build(
         device=device,
         curriculum=curriculum_of(settings),
     )
-    if hybrid is not None:
-        losses.task, hybrid.averages = task, averages
     census = _census(run, task)
     facts = _facts(plan, supply, run, census)
     journal = stack.enter_context(Journal(folder.path))
@@ -466,7 +444,7 @@ def _build(
         facts=facts,
         score=SCORE,
         sentinel=Sentinel(run) if guarded else None,
-        stepping=None if hybrid is None else HybridStepping(hybrid, losses),
+        stepping=made.stepping(task, averages),
     )
     if plan.tree is not None:
         _tell_changes(plan.tree["facts"], facts, console)
@@ -478,7 +456,7 @@ def _build(
         facts=facts,
         run=run,
         journal=journal,
-        hybrid=hybrid,
+        made=made,
     )
 
 

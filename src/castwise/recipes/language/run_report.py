@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from castwise.numerics.census import FormatCensus
+from castwise.recipes.hybrid_story import hybrid_story
 from castwise.recipes.scale_story import scale_markers, scale_story
 from castwise.report import (
     Column,
@@ -92,6 +93,7 @@ def build_report(evidence: Evidence) -> Report:
             Section(title="Training", blocks=_training(evidence)),
             Section(title="Sensitive layers", blocks=_health(evidence)),
             Section(title="Precision", blocks=_precision(evidence)),
+            *hybrid_story(evidence.records),
             Section(title="Memory", blocks=_memory(evidence)),
             Section(title="A sample", blocks=(Note(text=evidence.sample or "(none)"),)),
             Section(title="Settings", blocks=_settings(evidence)),

@@ -24,6 +24,13 @@ from castwise.recipes.language.options import (
     type=click.Choice(["fp32", "fp16", "bf16"]),
     help="Short for --precision 32-true, 16-mixed, bf16-mixed.",
 )
+@click.option(
+    "--hybrid",
+    is_flag=False,
+    flag_value="default",
+    metavar="[NAME|FILE]",
+    help="Train in phases: default, conservative, aggressive, or a YAML file.",
+)
 @click.option("--no-compile", is_flag=True, help="Never compile the blocks.")
 @place_options
 @click.option(
@@ -31,6 +38,7 @@ from castwise.recipes.language.options import (
 )
 def train(**flags: Any) -> int:
     """Train a language model that mixes tokens by resolvents, by castwise's trainer."""
+    from castwise.recipes.hybrid_choice import HybridChoice
     from castwise.recipes.language.plan import Asked
     from castwise.recipes.resolvent_lm import recipe
 
@@ -51,5 +59,6 @@ def train(**flags: Any) -> int:
             keep_last=flags["keep_last"],
             num_threads=flags["threads"],
             data=flags["data"],
+            hybrid=HybridChoice(asked=flags["hybrid"]),
         ),
     )

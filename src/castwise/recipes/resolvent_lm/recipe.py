@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,13 @@ from torch import nn
 from castwise.checkpoints import CheckpointShelf
 from castwise.decision import Decision
 from castwise.errors import CheckpointError
+from castwise.hybrid import HybridSettings
 from castwise.layers.resolvent_health import ResolventProbe
 from castwise.memory.monitor import MemoryMonitor
 from castwise.numerics.census import observe
 from castwise.recipes.device_choice import choose_device
+from castwise.recipes.hybrid_choice import HybridChoice, stored_settings
+from castwise.recipes.hybrid_run import PreparedRun, prepare_run
 from castwise.recipes.language import closing
 from castwise.recipes.language.causal_lm import num_parameters
 from castwise.recipes.language.compiling import compile_blocks, compile_decision
@@ -50,7 +53,7 @@ from castwise.training.journal import Journal
 from castwise.training.random_state import seed_everything
 from castwise.training.run_folder import RunFolder, open_run_folder
 from castwise.training.schedule import WarmupStableDecay
-from castwise.training.step import Run, prepare
+from castwise.training.step import Run
 from castwise.training.trainer import FitResult, Trainer, TrainerSettings
 
 RUNS = Path("runs") / "resolvent_lm"
@@ -78,6 +81,9 @@ class Place:
     data: Path | None = None
     """Folder that keeps tokens, or None for the user's cache."""
 
+    hybrid: HybridChoice = field(default_factory=HybridChoice)
+    """Phases to train in, if the flag asks for them."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Built:
@@ -86,7 +92,7 @@ class Built:
     trainer: Trainer
     """The loop."""
 
-    run: Run
+    made: PreparedRun
     """The prepared model."""
 
     model: nn.Module
@@ -162,7 +168,9 @@ def _build(
     model = build_model(
         settings.model, supply.tokenizer.vocab_size, settings.text.sequence_length
     ).to(device.value)
-    run = prepare(
+    hybrid = _phases(plan, place, folder)
+    monitor = MemoryMonitor(device.value)
+    made = prepare_run(
         model,
         build_optimizer(
             "adamw",
@@ -171,10 +179,13 @@ def _build(
             betas=training.betas,
         ),
         plan.policy.value,
+        hybrid=hybrid,
         clip_norm=training.clip_norm,
         device=device.value,
         fallback=plan.fallback,
+        monitor=monitor,
     )
+    run = made.run
     probe: Probe = NoProbe()
     if settings.model.variant == "layer":
         probe = ResolventProbe(model)
@@ -190,34 +201,55 @@ def _build(
     compiled = compile_decision(training.compile, device.value)
     if compiled.value:
         compile_blocks(model)
+    stored = None if hybrid is None else hybrid.to_dict()
     facts = facts_of(
-        RECIPE, plan, supply, device, {**measured, "compiled": str(compiled)}
+        RECIPE,
+        plan,
+        supply,
+        device,
+        {**measured, "compiled": str(compiled), "hybrid": stored},
     )
-    trainer = _trainer(plan, run, task, facts, folder, shelf, stack)
+    trainer = _trainer(plan, made, task, facts, folder, shelf, stack, monitor)
     if plan.tree is not None:
         trainer.resume(plan.tree)
-    return Built(trainer=trainer, run=run, model=model, supply=supply, facts=facts)
+    return Built(trainer=trainer, made=made, model=model, supply=supply, facts=facts)
+
+
+def _phases(plan: Plan, place: Place, folder: RunFolder) -> HybridSettings | None:
+    """Return the phases that the flag asks for, or those of the checkpoint."""
+    num_steps = plan.settings.training.num_steps
+    if plan.tree is not None:
+        facts = plan.tree["facts"]
+        place.hybrid.refuse_other(facts, num_steps=num_steps, where=folder.checkpoints)
+        return stored_settings(facts)
+    return place.hybrid.settings(
+        num_steps=num_steps,
+        base=plan.policy.value,
+        base_is_given=plan.policy.because.startswith("--"),
+    )
 
 
 def _trainer(
     plan: Plan,
-    run: Run,
+    made: PreparedRun,
     task: LanguageTask,
     facts: Mapping[str, Any],
     folder: RunFolder,
     shelf: CheckpointShelf,
     stack: ExitStack,
+    monitor: MemoryMonitor,
 ) -> Trainer:
     training = plan.settings.training
+    averages = NoAverages()
     return Trainer(
-        run=run,
+        run=made.run,
         task=task,
         schedule=WarmupStableDecay(
             num_steps=training.num_steps,
             num_warmup=training.num_warmup,
             decay_share=training.decay_share,
         ),
-        averages=NoAverages(),
+        averages=averages,
         settings=TrainerSettings(
             num_steps=training.num_steps,
             evaluate_every=training.evaluate_every,
@@ -229,9 +261,10 @@ def _trainer(
         display=stack.enter_context(
             open_display(training.num_steps, f"castwise train {RECIPE.name}")
         ),
-        monitor=MemoryMonitor(task.device),
+        monitor=monitor,
         facts=facts,
         score=SCORE,
+        stepping=made.stepping(task, averages),
     )
 
 
@@ -261,7 +294,7 @@ def _tell(
     folder: RunFolder,
     console: Console,
 ) -> None:
-    with built.run.inference():
+    with built.made.run.inference():
         sample = sample_text(
             built.model,
             built.supply.tokenizer,
@@ -270,6 +303,7 @@ def _tell(
             settings=SamplingSettings(),
         )
     with Journal(folder.path) as journal:
+        built.made.tell(journal, result.num_steps)
         journal.write("sample", result.num_steps, {"text": sample})
     closing.close(
         title="A language model that mixes tokens by resolvents",
