@@ -50,6 +50,13 @@ def test_the_curve_is_that_of_all_combinations(stores: bool) -> None:
     assert [p.bytes_saved for p in front] == sorted({p.bytes_saved for p in front})
 
 
+def test_of_equal_blocks_the_first_are_recomputed() -> None:
+    """What the last ones held is free before the backward fills the first ones up."""
+    front = best_choices([cost(n, 100, 1.0) for n in range(5)], stores=False)
+    assert [point.choices.index("keep") for point in front[:-1]] == [0, 1, 2, 3, 4]
+    assert [point.choices.count("recompute") for point in front] == [0, 1, 2, 3, 4, 5]
+
+
 def test_hundred_unlike_blocks_are_planned_at_once() -> None:
     """The front is kept short."""
     costs = [cost(n, 1000 + 37 * n**2, 1 + 0.01 * n**1.5) for n in range(100)]

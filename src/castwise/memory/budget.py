@@ -263,7 +263,9 @@ def _undominated(
     pairs: list[tuple[int, float, tuple[Choice, ...]]],
 ) -> list[tuple[int, float, tuple[Choice, ...]]]:
     """Keep those that no other beats in bytes and seconds, fewest bytes first."""
-    pairs.sort(key=lambda pair: (-pair[0], pair[1]))
+    # Where two are equal, the last block shall be kept: its memory is free again before
+    # the backward comes to those that fill up once more.
+    pairs.sort(key=lambda pair: (-pair[0], pair[1], pair[2][-1] != "keep"))
     kept: list[tuple[int, float, tuple[Choice, ...]]] = []
     for pair in pairs:  # from the most bytes saved to the fewest: time must fall
         if not kept or pair[1] < kept[-1][1]:
@@ -292,6 +294,7 @@ def _costs(
     """Return what each block holds, by estimates, and takes."""
     recomputed = estimated(dict.fromkeys(blocks, "recompute"))
     stored = kept if store is None else estimated(dict.fromkeys(blocks, "store"))
+    seconds = _alike(model, kept, seconds)
     per_byte = 0.0 if store is None else _seconds_per_byte(model, store)
     return [
         BlockCost(
@@ -304,6 +307,21 @@ def _costs(
         )
         for fqn in blocks
     ]
+
+
+def _alike(
+    model: torch.nn.Module, kept: Estimate, seconds: Mapping[str, float]
+) -> dict[str, float]:
+    """Give blocks of one class and size one time, so that noise chooses nothing."""
+    groups: dict[tuple[type, int], list[str]] = {}
+    for fqn in seconds:
+        size = kept.num_bytes("saved", module=fqn)
+        groups.setdefault((type(model.get_submodule(fqn)), size), []).append(fqn)
+    return {
+        fqn: statistics.median(seconds[each] for each in group)
+        for group in groups.values()
+        for fqn in group
+    }
 
 
 def _forward_seconds(
