@@ -19,6 +19,7 @@ belongs on a quiet machine.
     python benchmarks/graph.py --times inductor --turns 21
     python benchmarks/graph.py --planning           seconds to plan 32 layers
     python benchmarks/graph.py --recompilations     graphs captured when things change
+    python benchmarks/graph.py --gradients          loss scales, and what counting costs
     python benchmarks/graph.py --random 2000        random programs against float64
 """
 
@@ -42,8 +43,9 @@ import torch.nn.functional as F  # noqa: N812 -- its name everywhere
 from torch import Tensor, nn
 
 import castwise as cw
-from castwise.graph import measure
+from castwise.graph import gradient_flow, measure
 from castwise.graph.capture import PlanningBackend
+from castwise.graph.gradients import GradientCounter
 from castwise.graph.settings import Surroundings
 
 TESTS = Path(__file__).parents[1] / "tests"
@@ -373,6 +375,34 @@ def recompilations() -> dict[str, int]:
     return found
 
 
+def gradient_flows(name: str, num_turns: int) -> dict[str, Any]:
+    """The gradients of one batch, and what counting them costs beside a plain step."""
+    model, x = build(name), batch_of(name)
+    torch.compiler.reset()
+    flow = gradient_flow(model, (x, None), lambda loss, _: loss)
+    runs = {"sampled": 4096, "counted whole": None}
+    counters = {
+        way: GradientCounter(model, cw.preset("16-mixed"), n) for way, n in runs.items()
+    }
+    steps: dict[str, Run] = {"plain": model}
+    for way, counter in counters.items():
+        torch.compiler.reset()
+        steps[way] = torch.compile(copy.deepcopy(model), backend=counter)
+        steps[way](x)
+    taken: dict[str, list[float]] = {way: [] for way in steps}
+    for turn in range(num_turns + 2):
+        for way, run in steps.items():
+            start = time.process_time()
+            run(x).backward()
+            if turn >= 2:
+                taken[way].append(time.process_time() - start)
+    base = statistics.median(taken["plain"])
+    return {
+        "summary": flow.summary(),
+        **{f"slow-down, {way}": statistics.median(taken[way]) / base for way in runs},
+    }
+
+
 def random_programs(number: int) -> dict[str, Any]:
     """Random programs against float64; see `tests/graph/test_random.py`."""
     sys.path[:0] = [str(TESTS)]
@@ -395,6 +425,7 @@ def main() -> int:
     parser.add_argument("--planning", action="store_true")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--recompilations", action="store_true")
+    parser.add_argument("--gradients", action="store_true")
     parser.add_argument("--random", type=int, metavar="NUMBER")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, help="add the figures to this file")
@@ -421,6 +452,9 @@ def measured(settings: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         return "random programs", random_programs(settings.random)
     if settings.recompilations:
         return "recompilations", recompilations()
+    if settings.gradients:
+        flows = {m: gradient_flows(m, settings.turns) for m in settings.models}
+        return "gradient flow", flows
     if settings.planning:
         names = ("lm", "llama")
         return "planning", {name: planning(name, settings.layers) for name in names}
