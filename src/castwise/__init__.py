@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from castwise.loss_scale import DynamicScale as DynamicScale
     from castwise.loss_scale import NoScale as NoScale
     from castwise.loss_scale import StaticScale as StaticScale
+    from castwise.memory.budget import BudgetPlan as BudgetPlan
+    from castwise.memory.budget import plan_for_budget as plan_for_budget
     from castwise.memory.estimate import Estimate as Estimate
     from castwise.memory.estimate import estimate as estimate
     from castwise.memory.monitor import MemoryMonitor as MemoryMonitor
@@ -78,6 +80,7 @@ __version__ = "0.1.0"
 _ROOMS = {
     "AppliedPolicy": "castwise.islands",
     "Budget": "castwise.numerics.search",
+    "BudgetPlan": "castwise.memory.budget",
     "CastwiseError": "castwise.errors",
     "CayleyPropagator": "castwise.layers.cayley",
     "CheckpointShelf": "castwise.checkpoints",
@@ -121,6 +124,7 @@ _ROOMS = {
     "module_facts": "castwise.islands",
     "observe": "castwise.numerics.census",
     "offload_saves": "castwise.memory.offload",
+    "plan_for_budget": "castwise.memory.budget",
     "prepare": "castwise.training.step",
     "preset": "castwise.policy",
     "recompute": "castwise.memory.recompute",

@@ -1,1 +1,1 @@
-"""Where the bytes go: measured by `monitor`, and never guessed."""
+"""Where the bytes of a step go: foretold, measured, and made to fit."""
