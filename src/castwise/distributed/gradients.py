@@ -48,6 +48,9 @@ def clip(gradients: Iterable[torch.Tensor], max_norm: float | None) -> float:
     Raises:
         SettingsError: `max_norm` is not above 0.
     """
+    gradients = list(gradients)
+    if all(type(each) is torch.Tensor for each in gradients):
+        return clip_by_global_norm(gradients, max_norm)
     by_groups: dict[tuple[Any, ...], list[torch.Tensor]] = {}
     for each in gradients:
         by_groups.setdefault(_groups_of(each), []).append(local_part(each))

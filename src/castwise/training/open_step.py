@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Protocol, Self
 
 import torch
 
-from castwise.distributed.gradients import clip, unscale
+from castwise.distributed.gradients import clip, local_part, unscale
 from castwise.errors import SettingsError, StepError
 from castwise.fitting import is_sharded
-from castwise.loss_scale import NonFinite
-from castwise.optim.clipping import ByGroup, ByRow
+from castwise.loss_scale import NonFinite, NoScale
+from castwise.optim.clipping import ByGroup, ByRow, scale_down
 from castwise.training.admission import refuse_loss
 from castwise.training.outcome import Skipped, Stepped, skipped, writer_of
 from castwise.training.replay import Again, Explanation, explain, losses_of
@@ -82,7 +82,11 @@ class Step:
         self._losses.append(loss.detach())
         self._last_node = loss.grad_fn
         # Autocast here would cast the products of backward, in fp32 islands too.
-        with torch.autocast(self._run.device.type, enabled=False):
+        device_type = self._run.device.type
+        off: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+        if torch.is_autocast_enabled(device_type):
+            off = torch.autocast(device_type, enabled=False)
+        with off:
             self._run.loss_scale.scaled(loss).backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
 
     def __enter__(self) -> Self:
@@ -138,11 +142,11 @@ class Step:
         scale = run.loss_scale.scale
         for watcher in run.watchers:
             watcher.gradients_ready(scale)
-        finding = unscale(run.loss_scale, gradients)
+        finding, norm = self._checked(gradients)
         loss = float(torch.stack([each.float() for each in self._losses]).sum())
-        norm, clipped = math.nan, False
+        clipped = False
         if finding is None:
-            norm, clipped = self._clipped(gradients)
+            clipped = self._clipped(gradients, norm)
             finding = too_large_to_square(gradients, norm)
         gradients.clear()
         if finding is None:
@@ -159,24 +163,43 @@ class Step:
             refuse_poisoned_weights(run.parameters())
         run._learn(finding)  # noqa: SLF001 -- as above
 
-    def _clipped(self, gradients: Mapping[str, torch.Tensor]) -> tuple[float, bool]:
-        """Clip as the run was told; the global norm before, and whether it did."""
+    def _checked(
+        self, gradients: Mapping[str, torch.Tensor]
+    ) -> tuple[NonFinite | None, float]:
+        """Unscale; find a gradient that is not finite, or else the global norm.
+
+        Where there is nothing to undo, a finite norm says that every gradient is
+        finite, and they are read once instead of twice.
+        """
+        loss_scale = self._run.loss_scale
+        if isinstance(loss_scale, NoScale):
+            norm = clip(gradients.values(), None)
+            if math.isfinite(norm):
+                return None, norm
+        finding = unscale(loss_scale, gradients)
+        if finding is not None:
+            return finding, math.nan
+        return None, clip(gradients.values(), None)
+
+    def _clipped(self, gradients: Mapping[str, torch.Tensor], norm: float) -> bool:
+        """Clip as the run was told, and say whether a global norm was too large."""
         run = self._run
         how = run.clip_norm
         if not isinstance(how, ByGroup | ByRow):
-            norm = clip(gradients.values(), how)
-            return norm, how is not None and norm > how
+            if how is None or not norm > how:
+                return False
+            scale_down([*map(local_part, gradients.values())], norm, how)
+            return True
         if any(map(is_sharded, gradients.values())):
             raise SettingsError(
                 f"{type(how).__name__} needs whole gradients, and these are cut over "
                 "processes; clip by their global norm, clip_norm=<number>"
             )
-        norm = clip(gradients.values(), None)
-        return norm, how.clip(run.optimizer.param_groups)
+        return how.clip(run.optimizer.param_groups)
 
     def _update(self) -> None:
         run = self._run
-        run._states.check(run.parameters())  # noqa: SLF001 -- a run and its step share it
+        run._states.check(run.parameters)  # noqa: SLF001 -- a run and its step share it
         run.optimizer.step()
         run._states.remember()  # noqa: SLF001 -- as above
         for watcher in run.watchers:

@@ -10,7 +10,8 @@ weights. While only updates write, nothing is read but the version counters of t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import operator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
@@ -20,6 +21,8 @@ from castwise.loss_scale import NonFinite, NoScale, first_non_finite
 
 SQUARE_LIMIT = math.sqrt(torch.finfo(torch.float32).max)
 """A gradient beyond it is finite, and its square in a second moment is not."""
+
+_version = operator.attrgetter("_version")  # torch has no public name for it
 
 _WIDE = (torch.float64, torch.complex128)
 
@@ -31,8 +34,11 @@ class StateWatch:
         self._optimizer = optimizer
         self._seen: tuple[int, int, int] | None = None
 
-    def check(self, weights: Mapping[str, torch.Tensor]) -> None:
+    def check(self, weights: Callable[[], Mapping[str, torch.Tensor]]) -> None:
         """Refuse to step by a moment that is not finite; called before an update.
+
+        Args:
+            weights: Returns them by name; asked only when somebody wrote to a moment.
 
         Raises:
             LossScaleError: A moment is not finite; no weight was touched.
@@ -41,7 +47,7 @@ class StateWatch:
             return
         moments = {
             f"{kind} of {name}": moment
-            for name, weight in weights.items()
+            for name, weight in weights().items()
             for kind, moment in self._moments(weight)
         }
         found = first_non_finite(moments)
@@ -58,14 +64,14 @@ class StateWatch:
 
     def _fingerprint(self) -> tuple[int, int, int]:
         """A number that changes when others write to a moment, or exchange it."""
-        number = versions = places = 0
-        for state in self._optimizer.state.values():
-            for value in state.values():
-                if isinstance(value, torch.Tensor):
-                    number += 1
-                    versions += value._version  # noqa: SLF001 -- no public name
-                    places ^= id(value)
-        return number, versions, places
+        found = [
+            value
+            for state in self._optimizer.state.values()
+            for value in state.values()
+            if isinstance(value, torch.Tensor)
+        ]
+        places = hash(tuple(map(id, found)))
+        return len(found), sum(map(_version, found)), places
 
     def _moments(self, weight: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         for kind, value in self._optimizer.state.get(weight, {}).items():

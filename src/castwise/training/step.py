@@ -18,6 +18,7 @@ A training loop of one's own keeps everything else: data, schedule, evaluation.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -300,8 +301,10 @@ class Run:
                 "a step is already open and steps do not nest; to accumulate gradients "
                 "call step.backward several times in one step"
             )
-        for name, weight in self.parameters().items():
+        groups = self.optimizer.param_groups
+        for weight in itertools.chain.from_iterable(g["params"] for g in groups):
             if weight.grad is not None:
+                name = self._name_of(weight, "a weight of the optimizer")
                 raise StepError(
                     f"{name!r} already holds a gradient that no step has scaled; call "
                     "optimizer.zero_grad() first, and step.backward for each backward"

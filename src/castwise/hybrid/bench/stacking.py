@@ -30,7 +30,7 @@ from castwise.optim import AdamW, SweepSettings
 from castwise.policy import PHASES, Policy, preset
 
 NUM_STEPS = 18
-NUM_SAMPLES, LENGTH, VOCABULARY = 16, 64, 512
+NUM_SAMPLES, LENGTH, VOCABULARY = 16, 48, 512
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,7 +72,7 @@ ARMS: Mapping[str, Savings] = MappingProxyType(
 """Every arm has what the arms before it have."""
 
 
-def stacking(width: int = 320, depth: int = 4) -> dict[str, Any]:
+def stacking(width: int = 256, depth: int = 3) -> dict[str, Any]:
     """Measure every arm in a process of its own."""
     found = {}
     for name in ARMS:
