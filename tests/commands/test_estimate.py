@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -143,13 +144,25 @@ def test_only_what_has_rows_is_resized() -> None:
         resized((1, 2), 3)
 
 
+def peak_of(out: str) -> float:
+    """The peak in MiB that a dry run prints for batches of size 4."""
+    return float(re.search(r"batches of size 4: peak ([\d.]+) MiB", out)[1])
+
+
 def test_a_dry_run_of_the_recipe_tells_and_leaves_nothing(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The largest size is shown, the exit code is 0, and no folder was made."""
     monkeypatch.chdir(tmp_path)
-    code, out, _ = run("train", "kenken", "--dry-run", "--preset", "tiny")
+    words = ("train", "kenken", "--dry-run", "--preset", "tiny")
+    code, out, _ = run(*words)
     assert code == 0
     assert "batches of size 4: peak" in out
+    code, again, _ = run(*words, "--grad-checkpoint")
+    assert code == 0
+    assert peak_of(again) < 0.8 * peak_of(out)
     assert "averages" not in out
     assert not list(tmp_path.iterdir())
+    code, _, err = run(*words, "--hybrid")
+    assert code == 2
+    assert "leave one of them out" in err

@@ -166,6 +166,8 @@ def train(**flags: Any) -> int:
             choice=choice,
             optimizer=optimizer,
             device=flags["device"],
+            recomputed=flags["recompute"],
+            in_phases=flags["hybrid"] is not None,
         )
     return recipe.train(
         preset=flags["preset"],

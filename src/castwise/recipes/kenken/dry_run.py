@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from castwise.errors import SettingsError
 from castwise.memory.estimate import Estimate, estimate
 from castwise.memory.estimate_table import show_estimate, shown_bytes
 from castwise.memory.lifetimes import tensors_within
+from castwise.memory.recompute import recompute
 from castwise.policy import Policy
 from castwise.recipes.device_choice import choose_device
 from castwise.recipes.kenken.batches import PuzzleBatch, draw_batch
@@ -49,6 +51,8 @@ def dry_run(
     choice: PrecisionChoice,
     optimizer: OptimizerChoice,
     device: str,
+    recomputed: bool = False,
+    in_phases: bool = False,
 ) -> int:
     """Print the estimate; return the exit code.
 
@@ -58,17 +62,24 @@ def dry_run(
         choice: The precision flags.
         optimizer: The optimizer flags.
         device: auto, cpu, cuda or cuda:N.
+        recomputed: Whether blocks are run again in the backward. Default: false.
+        in_phases: Whether --hybrid was given. Default: false.
 
     Raises:
         CastwiseError: For every mistake in a flag.
     """
+    if in_phases:
+        raise SettingsError(
+            "--dry-run tells of plain steps, and --hybrid keeps trials and predictors "
+            "besides; leave one of them out."
+        )
     console = Console()
     settings = settings_of(preset or "small", changes)
     policy = choice.policy(otherwise=DEFAULT_PRECISION).value
     name = optimizer.decide(otherwise=DEFAULT_OPTIMIZER).value
     where = choose_device(device).value
     told = {
-        size: estimate_run(settings, policy, name, batch, where)
+        size: estimate_run(settings, policy, name, batch, where, recomputed=recomputed)
         for size, batch in largest_batches(settings).items()
     }
     fullest = max(told, key=lambda size: told[size].peak_bytes)
@@ -86,6 +97,8 @@ def estimate_run(
     optimizer: str,
     batch: PuzzleBatch,
     device: torch.device,
+    *,
+    recomputed: bool = False,
 ) -> Estimate:
     """Return what a step of the run holds on one batch.
 
@@ -95,6 +108,7 @@ def estimate_run(
         optimizer: Its name in `recipes.optimizer_choice`.
         batch: Puzzles of one size.
         device: Whose kernels are followed.
+        recomputed: Whether blocks are run again in the backward. Default: false.
     """
     with torch.device("meta"):
         model = KenKenModel(model_settings(settings.model))
@@ -113,6 +127,7 @@ def estimate_run(
             betas=settings.betas,
         ),
         device=device,
+        recompute=recompute if recomputed and not model.settings.recompute else (),
         beside=averages if settings.average_decay > 0.0 else None,
     )
 
