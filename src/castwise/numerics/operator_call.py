@@ -61,16 +61,26 @@ class OperatorCall:
 
 
 def describe(
-    func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+    func: OpOverload,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    result: Any,
+    *,
+    counts_flops: bool = True,
 ) -> OperatorCall | None:
-    """Describe a call; none for views and for calls without a floating input."""
+    """Describe a call; none for views and for calls without a floating input.
+
+    Counting operations takes longer than all the rest; without it they are 0.
+    """
     if is_view(func):
         return None
     given = list(floating((args, kwargs)))
     if not given:
         return None
     op, formats = _op_and_formats(func, given, result)
-    flops = _flops(func, args, kwargs, result) if op != CAST else 0
+    # fp32 products may be rounded first, and flops tell which operators are products
+    is_asked = op != CAST and (counts_flops or formats == ("fp32",))
+    flops = _flops(func, args, kwargs, result) if is_asked else 0
     if flops and formats == ("fp32",):
         formats = (_product_format(op, given[0].device.type),)
     tensors = (*given, *floating(result))
@@ -78,7 +88,7 @@ def describe(
         op=op,
         formats=formats,
         num_bytes=sum(tensor.numel() * tensor.itemsize for tensor in tensors),
-        num_flops=flops,
+        num_flops=flops if counts_flops else 0,
     )
 
 

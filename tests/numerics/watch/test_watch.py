@@ -187,6 +187,32 @@ def test_a_step_that_dies_leaves_no_hooks_behind() -> None:
     assert not run.model[0]._forward_hooks
 
 
+class Vectorised(nn.Module):
+    """Calls a module inside of vmap, where tensors have no memory of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(7, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Row by row."""
+        return torch.vmap(self.inner)(x)
+
+
+def test_what_runs_inside_of_vmap_is_left_alone() -> None:
+    """Its outputs are not counted, and the step goes on; the weights are."""
+    torch.manual_seed(0)
+    model = Vectorised()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    with watch(model, optimizer=optimizer) as watching:
+        x, y = batch(0)
+        functional.mse_loss(model(x), y).backward()
+        optimizer.step()
+    (window,) = watching.windows
+    assert [each.name for each in window.of("output")] == [""]
+    assert window.total("weight").total == 24
+
+
 def test_a_model_needs_its_optimizer() -> None:
     """Nobody else can say when a step is over."""
     with pytest.raises(SettingsError, match="optimizer"):

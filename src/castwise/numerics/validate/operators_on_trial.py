@@ -151,7 +151,7 @@ class ReferenceOperators(SameDraws):  # type: ignore[no-untyped-call]
         given = _unwritten(func, args) if is_plain else args
         result = super().__torch_dispatch__(func, types, args, kwargs)
         if is_plain:
-            call = describe(func, args, kwargs, result)
+            call = describe(func, args, kwargs, result, counts_flops=False)
             if call is not None and call.op != CAST:
                 self._keep(call, given, kwargs, result)
         return result
@@ -241,7 +241,7 @@ class OperatorsOnTrial(SameDraws):  # type: ignore[no-untyped-call]
             return self._pass(func, types, args, kwargs)
         given = _unwritten(func, args)
         result = super().__torch_dispatch__(func, types, args, kwargs)
-        call = describe(func, args, kwargs, result)
+        call = describe(func, args, kwargs, result, counts_flops=False)
         if call is not None and not _has_fake((given, result)):
             self._try(func, call, given, kwargs, result)
         return result

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, final
 
 import torch
 from torch import distributed, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from castwise.numerics.operator_call import format_name
 from castwise.numerics.watch.exponents import ExponentHistogram
@@ -64,9 +65,9 @@ class WatchTable:
     ) -> torch.Tensor | None:
         """Count a tensor; the sample of it, where operators took one."""
         row = self._rows.get((kind, name))
-        local = _local(tensor)
-        if row is None:
+        if row is None or is_functorch_wrapped_tensor(tensor):  # inside of vmap
             return None
+        local = _local(tensor)
         if self._machine is not None and self._machine.fits(local):
             self._seen[row] = tensor.dtype, tensor.numel()
             self._machine.see(row, local)
