@@ -341,7 +341,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--steps", type=int)
+    parser.add_argument("--steps", type=int, help="at least 10, the first line")
     parser.add_argument("--only", choices=sorted(RECIPES))
     parser.add_argument("--keep", type=Path, help="a folder that keeps the runs")
     flags = parser.parse_args()
@@ -359,11 +359,11 @@ def main() -> int:
         for name in names:
             sections = RECIPES[name].sections()
             open_supply(sections["text"](), folder / "data")
-        record |= {name: _one_recipe(name, folder, flags) for name in names}
-    text = json.dumps(record, indent=1) + "\n"
-    if flags.json is not None:
-        flags.json.parent.mkdir(parents=True, exist_ok=True)
-        flags.json.write_text(text)
+        for name in names:
+            record[name] = _one_recipe(name, folder, flags)
+            if flags.json is not None:  # what is done stays, whatever comes next
+                flags.json.parent.mkdir(parents=True, exist_ok=True)
+                flags.json.write_text(json.dumps(record, indent=1) + "\n")
     missed = [
         f"{name}: {what}"
         for name in names

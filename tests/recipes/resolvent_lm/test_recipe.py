@@ -194,6 +194,7 @@ def test_a_run_ends_with_a_report(place: Path, dtype: str) -> None:
         assert title in page
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_bits(place: Path) -> None:
     """SIGKILL, then --resume, in processes of their own."""
     run(place, "whole", "--dtype", "bf16", "--steps", "60")

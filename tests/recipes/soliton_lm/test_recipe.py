@@ -301,6 +301,7 @@ def test_a_killed_run_ends_with_the_same_bits(place: Path) -> None:
 
 
 @needs_lightning
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["16-mixed", "bf16-true"])
 @pytest.mark.filterwarnings("ignore:fp16 products run on the cpu, slowly")
 @pytest.mark.filterwarnings("ignore:.*modules hold 16-bit weights plain")
@@ -320,6 +321,7 @@ def test_a_run_goes_on_from_any_checkpoint(place: Path, precision: str) -> None:
 
 
 @needs_lightning
+@pytest.mark.slow
 def test_a_signal_ends_the_run_after_its_step_and_leaves_a_checkpoint(
     place: Path,
 ) -> None:
@@ -336,6 +338,9 @@ def test_a_signal_ends_the_run_after_its_step_and_leaves_a_checkpoint(
     assert "go on with" in text
     step = tree_of(place, "stopped")["lightning"]["global_step"]
     assert 3 <= step < 3000
+    names = [one.name for one in (place / "stopped" / "checkpoints").iterdir()]
+    assert sum(name.endswith(f"-step-{step}.safetensors") for name in names) == 1
+    assert all(one.step % 6 == 0 for one in lines(place, "stopped", "epoch"))
 
 
 @needs_lightning

@@ -145,6 +145,9 @@ class RunCallback(Callback):
         """Write the line of an epoch; save."""
         self._probe.paused = True
         step = trainer.global_step
+        fitting = trainer.state.fn == "fit"
+        if fitting and not self._validates(step):
+            return  # Lightning measures once more when a run is stopped; it is saved
         measures = dict(getattr(pl_module, "measured"))  # noqa: B009 -- ours, typed as any module
         health = worst(self._probe.read())
         measures |= {f"validation_{name}": value for name, value in health.items()}
@@ -161,7 +164,7 @@ class RunCallback(Callback):
         self._monitor.reset_peak()
         self._window_started = time.perf_counter()
         self._step_seconds.clear()
-        if trainer.state.fn == "fit":
+        if fitting:
             self._files.score = -measures["validation_loss"]
             self._save(trainer, step)
             self._files.score = None

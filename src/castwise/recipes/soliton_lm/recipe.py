@@ -140,11 +140,12 @@ def train(asked: Asked, place: Place) -> int:
                 console.print(line, highlight=False, soft_wrap=True)
         stack.enter_context(_signals_kept())
         built.trainer.fit(built.module, ckpt_path=start)
-        step = built.trainer.global_step
-        if step % plan.settings.training.evaluate_every:
+        step, training = built.trainer.global_step, plan.settings.training
+        finished = step >= training.num_steps
+        if finished and step % training.evaluate_every:
             built.trainer.validate(built.module, verbose=False)
     stopped = built.callback.stopped_by
-    if stopped is not None and step < plan.settings.training.num_steps:
+    if stopped is not None and not finished:
         console.print(
             f"Stopped by {stopped} after step {step}; go on with `castwise train "
             f"{RECIPE.name} --resume --out {folder.path}`.",
