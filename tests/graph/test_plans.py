@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree as ET
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import castwise as cw
 from castwise.errors import PolicyError, SettingsError
 from castwise.graph import measure
 from castwise.graph.compiled import CompiledModel
+from castwise.graph.drawing import draw
 from castwise.numerics.census import observe
 from castwise.numerics.error import relative_error
 from castwise.policy import Policy, preset
@@ -318,3 +320,18 @@ def test_a_plan_is_measured_beside_autocast_and_float64() -> None:
     assert measured.planned.gradient_error > 1e-6  # it did compute low
     assert all(torch.equal(kept[n], v) for n, v in model.state_dict().items())
     assert "gradient error" in str(measured)
+
+
+def test_a_plan_is_drawn_with_its_casts() -> None:
+    """Every value of a module is a box in the picture, and every cast is marked."""
+    plan = compiled_of().plan()
+    picture = draw(plan.graphs[0])
+    ET.fromstring(picture)  # noqa: S314 -- our own text
+    assert picture.count("<title>") == sum(
+        node.role not in {"input", "output", "reads"} for node in plan.graphs[0].nodes
+    )
+    assert "#ffcc80" in picture
+    assert picture.count('stroke="#d32f2f"') == 3
+    assert draw(plan.graphs[0], "solver").count("<title>") == 2
+    with pytest.raises(PolicyError, match="need a module with values in graph 0"):
+        draw(plan.graphs[0], "nowhere")

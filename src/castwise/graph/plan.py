@@ -47,6 +47,9 @@ class PlannedNode:
     because: str
     """Why."""
 
+    inputs: tuple[str, ...] = ()
+    """The nodes that it takes, weights and other inputs of the graph left out."""
+
     is_known: bool = True
     """Whether the planner knows the operator."""
 
@@ -123,9 +126,10 @@ class GraphPlan:
     def from_record(cls, record: dict[str, Any]) -> GraphPlan:
         """Build the plan of a graph from plain values."""
         casts = ({**each, "users": tuple(each["users"])} for each in record["casts"])
+        nodes = ({**each, "inputs": tuple(each["inputs"])} for each in record["nodes"])
         return cls(
             name=record["name"],
-            nodes=tuple(PlannedNode(**each) for each in record["nodes"]),
+            nodes=tuple(PlannedNode(**each) for each in nodes),
             casts=tuple(PlannedCast(**each) for each in casts),
             solver=record["solver"],
             prices=record["prices"],

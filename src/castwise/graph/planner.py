@@ -127,6 +127,11 @@ def _record_nodes(problem: Problem, labels: list[Label]) -> Iterator[PlannedNode
             role=call.role,
             format=fmt,
             because=because,
+            inputs=tuple(
+                source.name
+                for source in node.all_input_nodes
+                if problem.calls[source].role != "input"
+            ),
             is_known=call.is_known,
         )
 
