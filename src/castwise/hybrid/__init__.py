@@ -10,8 +10,15 @@ verification.py       two forwards on a fresh batch
 exact_weights.py      weights in fp32, snapshots, rollback
 residuals.py          what predictions got wrong, tensor by tensor
 divergence.py         when the loss leaves its course
-horizon.py, pace.py   how far to predict; what a fall of the loss is worth
-phase_statistics.py   what each phase cost and brought
+phase_length.py       the seam of how far to predict: by rule (horizon.py), or by a
+                      bandit that may choose not to (arms.py)
+pace.py               what a fall of the loss is worth in steps
+resting_states.py     optimizer states that leave the device while nothing needs them
+agreement.py          one decision on every process
+phase_statistics.py   what each phase cost and brought; phase_meter.py measures it
+memory_by_phase.py    what each phase will hold, before anything runs
+stepping.py           the same as the steps of the plain trainer, for recipes
+bench/                does it pay? A benchmark that can say no
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from arm to arm is named; the last one has everything at once.
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -106,14 +107,33 @@ def table_of(found: Mapping[str, Mapping[str, Any]]) -> str:
 
 def measure(arm: str, width: int, depth: int) -> dict[str, Any]:
     """Train one arm in this process; return its peaks by phase, in bytes."""
-    torch.manual_seed(0)
     torch.set_num_threads(1)
     steady_allocator()
-    warm = torch.randn(64, 64, requires_grad=True)  # threads and kernels exist before
-    (warm @ warm).sum().backward()  # type: ignore[no-untyped-call]
+    savings = ARMS[arm]
+    _train(savings, 16, 1, None)  # what code and kernels hold is there from now on
+    gc.collect()
     monitor = MemoryMonitor("cpu")
     before = monitor.now_bytes()
-    savings = ARMS[arm]
+    trainer = _train(savings, width, depth, monitor)
+    trainer.meter.read_memory()
+    found = trainer.statistics
+    return {
+        "num_parameters": sum(p.numel() for p in trainer.run.model.parameters()),
+        "phases": {
+            phase: max(0, count.peak_bytes - before)
+            for phase, count in found.phases.items()
+            if count.steps
+        },
+        "resting_bytes": found.resting_bytes,
+        "resting_seconds": found.resting_seconds,
+        "accepts": found.accepts,
+    }
+
+
+def _train(
+    savings: Savings, width: int, depth: int, monitor: MemoryMonitor | None
+) -> HybridTrainer:
+    torch.manual_seed(0)
     model = _Transformer(width, depth)
     optimizer = AdamW(
         model.parameters(), lr=1e-3, settings=SweepSettings(states=savings.states)
@@ -128,19 +148,7 @@ def measure(arm: str, width: int, depth: int) -> dict[str, Any]:
     )
     for step in range(NUM_STEPS):
         trainer.step(*_batch(step).chunk(savings.num_parts))
-    trainer.meter.read_memory()
-    found = trainer.statistics
-    return {
-        "num_parameters": sum(p.numel() for p in model.parameters()),
-        "phases": {
-            phase: max(0, count.peak_bytes - before)
-            for phase, count in found.phases.items()
-            if count.steps
-        },
-        "resting_bytes": found.resting_bytes,
-        "resting_seconds": found.resting_seconds,
-        "accepts": found.accepts,
-    }
+    return trainer
 
 
 def _settings(savings: Savings) -> HybridSettings:
