@@ -60,6 +60,9 @@ ARMS = {
 ONCE = {"bare"}
 """Arms of one seed: what they show does not depend on it."""
 
+STEPS = {"resolvent_lm": 600, "soliton_lm": 400}
+"""Updates of every run of a recipe: a minute or so on one core."""
+
 RESIDUAL_GOAL = 1e-4
 THRESHOLDS = {
     "not_finite": 0,
@@ -108,15 +111,14 @@ class Run:
     """Of the model."""
 
 
-def train(recipe: str, arm: str, seed: int, folder: Path, steps: int | None) -> Run:
+def train(recipe: str, arm: str, seed: int, folder: Path, steps: int) -> Run:
     """Train in a process of its own; return what its journal says."""
     out = folder / f"{recipe}-{arm}-{seed}"
     command = [sys.executable, "-m", "castwise", "train", recipe, *ARMS[arm]]
     command += ["--config", str(ROOT / "configs" / f"{recipe}.yaml")]
     command += ["--seed", str(seed), "--out", str(out), "--threads", "1"]
     command += ["--data", str(folder / "data"), "--keep-last", "1"]
-    if steps is not None:
-        command += ["--steps", str(steps)]
+    command += ["--steps", str(steps)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, check=False
@@ -351,6 +353,7 @@ def main() -> int:
         "torch": str(torch.__version__),
         "machine": f"{platform.machine()}, {flags.jobs} runs at once, 1 thread each",
         "thresholds": THRESHOLDS,
+        "steps": {name: flags.steps or STEPS[name] for name in names},
     }
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
@@ -388,7 +391,10 @@ def _one_recipe(name: str, folder: Path, flags: argparse.Namespace) -> dict[str,
     with ThreadPoolExecutor(flags.jobs) as pool:
         done = list(
             pool.map(
-                lambda task: train(name, task[0], task[1], folder, flags.steps), tasks
+                lambda task: train(
+                    name, task[0], task[1], folder, flags.steps or STEPS[name]
+                ),
+                tasks,
             )
         )
     runs: dict[str, list[Run]] = {arm: [] for arm in ARMS}
