@@ -28,9 +28,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: one thread a proc
 
 import torch
 from experiments.contract import Experiment, Trial, frozen_thresholds
+from experiments.page import block, filled
 from experiments.record import RecordFile
 from experiments.registry import EXPERIMENTS
 
+PAGE = Path(__file__).parents[1] / "docs" / "experiments.md"
 RECORD = Path(__file__).parents[1] / "docs" / "accepted" / "experiments.json"
 
 
@@ -52,6 +54,7 @@ def run_all(trials: Sequence[Trial], record: RecordFile, num_jobs: int) -> int:
     """Run trials side by side and record each as it ends; return how many failed."""
     context = multiprocessing.get_context("spawn")
     failed = 0
+    num_jobs = min(num_jobs, len(trials))
     with ProcessPoolExecutor(num_jobs, mp_context=context) as pool:
         waiting = {pool.submit(run_trial, trial): trial for trial in trials}
         for place, done in enumerate(as_completed(waiting), 1):
@@ -82,6 +85,15 @@ def judge(experiment: Experiment, record: RecordFile) -> bool:
     for check in checks:
         print(f"  {check}")
     return all(check.holds for check in checks)
+
+
+def write_page(judged: Sequence[Experiment], record: RecordFile) -> None:
+    """Write the tables of the page anew from the record."""
+    blocks = {
+        each.name: block(each, record.entry(each.name), record.results(each))
+        for each in judged
+    }
+    PAGE.write_text(filled(PAGE.read_text(), blocks))
 
 
 def main() -> int:
@@ -115,6 +127,10 @@ def main() -> int:
     began = time.perf_counter()
     failed = 0 if flags.judge or not trials else run_all(trials, record, flags.jobs)
     held = [judge(experiment, record) for experiment in chosen]
+    if flags.json == RECORD:
+        write_page(
+            [each for each in chosen if all(record.results(each).values())], record
+        )
     seconds = time.perf_counter() - began
     print(f"\n{sum(held)} of {len(held)} experiments hold; {seconds:.0f} s")
     return 0 if all(held) and not failed else 1

@@ -2,8 +2,8 @@
 
     python benchmarks/accept_kenken.py --seeds 3 --json docs/accepted/kenken.json
 
-Seeds that the file holds already, trained with the settings of today, are not trained
-again. Exits with 1 when a threshold is missed. The record holds what was measured, when, with
+Seeds that the file holds, trained with the settings of today, are not trained again.
+Exits with 1 when a threshold is missed. The record holds what was measured, when, with
 which versions; the documentation quotes it.
 """
 

@@ -38,6 +38,11 @@ class Formats(Experiment):
     arms = (*PRESETS, CONTROL)
     num_seeds = 10
     settings: ClassVar[Mapping[str, Any]] = {**asdict(SETTINGS), "tiny": TINY_SCALE}
+    shows: ClassVar[Mapping[str, str]] = {
+        "excess": "nats above the floor",
+        "accuracy": "hidden cells right",
+        "skipped": "steps skipped",
+    }
     rooms = (kit,)
 
     def run(self, arm: str, seed: int) -> dict[str, Any]:

@@ -55,6 +55,11 @@ class States(Experiment):
     arms = (FP32, EIGHT, CONTROL)
     num_seeds = 6
     settings: ClassVar[Mapping[str, Any]] = {**asdict(SETTINGS), "resume": NUM_RESUME}
+    shows: ClassVar[Mapping[str, str]] = {
+        "excess": "nats above the floor",
+        "accuracy": "hidden cells right",
+        "state_bytes": "bytes of state per weight",
+    }
     rooms = (kit,)
 
     def run(self, arm: str, seed: int) -> dict[str, Any]:

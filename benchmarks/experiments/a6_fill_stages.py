@@ -41,6 +41,11 @@ class FillStages(Experiment):
         "target": [asdict(fill) for fill in TARGET_FILLS],
         "seed_fills": stages.SEED_FILLS,
     }
+    shows: ClassVar[Mapping[str, str]] = {
+        "valid_made": "valid from nothing",
+        "distinct_made": "different valid squares",
+        "excess_any_fill": "nats above the floor, any fill",
+    }
     rooms = (kit, stages)
 
     def run(self, arm: str, seed: int) -> dict[str, Any]:

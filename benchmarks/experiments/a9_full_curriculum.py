@@ -36,7 +36,7 @@ SETTINGS = kit.KitSettings(sizes=(3, 4, 5), num_steps=1800, num_epochs=30)
 SQUARES, RECIPE, FLOOR = "squares", "recipe", "floor"
 RECIPE_FLAGS = (
     *("--preset", "small", "--sizes", "3,4,5", "--steps", "500"),
-    *("--evaluate-every", "25", "--dtype", "bf16", "--threads", "1"),
+    *("--evaluate-every", "50", "--dtype", "bf16", "--threads", "1"),
     *("--size-curriculum", "--mode-curriculum", "--fill-curriculum"),
 )
 SMOOTHING, HOPED = 0.1, 0.09
@@ -54,6 +54,11 @@ class FullCurriculum(Experiment):
     settings: ClassVar[Mapping[str, Any]] = {
         **asdict(SETTINGS),
         "flags": list(RECIPE_FLAGS),
+    }
+    shows: ClassVar[Mapping[str, str]] = {
+        f"excess_{size}_{mode}": f"nats, {size} x {size} {mode}"
+        for size in MEASURED
+        for mode in ("standard", "zero", "negative")
     }
     rooms = (kit, stages)
 

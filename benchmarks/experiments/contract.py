@@ -100,6 +100,9 @@ class Experiment(ABC):
     settings: ClassVar[Mapping[str, Any]] = {}
     """Every number that changes what a trial gives."""
 
+    shows: ClassVar[Mapping[str, str]] = {}
+    """Values that the page lists for every arm, with their headings."""
+
     rooms: ClassVar[tuple[ModuleType, ...]] = ()
     """Shared rooms of this package that the trials run through."""
 
@@ -126,7 +129,8 @@ class Experiment(ABC):
         """
         told = hashlib.blake2b(digest_size=8)
         told.update(json.dumps(dict(self.settings), sort_keys=True).encode())
-        told.update(inspect.getsource(type(self).run).encode())
+        own = inspect.getsource(inspect.getmodule(type(self)) or type(self))
+        told.update(own.replace(inspect.getsource(type(self).judge), "").encode())
         for room in self.rooms:
             told.update(inspect.getsource(room).encode())
         return told.hexdigest()

@@ -150,9 +150,17 @@ class SquareModel(nn.Module):
         )
         self.sizes = nn.Embedding(LARGEST + 1, width)
         self.modes = nn.Embedding(len(Mode), width)
-        self.blocks = nn.ModuleList(Block(width) for _ in range(settings.num_layers))
+        blocks = [Block(width) for _ in range(settings.num_layers)]
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, VOCABULARY_SIZE)
+        for module in self.modules():
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.1)
+        last = [part for block in blocks for part in (block.out, block.down)]
+        for linear in (*last, self.head):  # blocks begin as the identity
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
 
     def forward(self, tokens: Tensor, modes: Tensor, size: int) -> Tensor:
         """Return logits [B, L, 35] of tokens [B, L] and modes [B]."""

@@ -130,6 +130,11 @@ class RecordFile:
         self._tree["thresholds"] = describe_thresholds()
         self._write()
 
+    def entry(self, name: str) -> Mapping[str, Any]:
+        """Return everything that stands here of an experiment."""
+        found: Mapping[str, Any] = self._tree["experiments"][name]
+        return found
+
     def _entry(self, experiment: Experiment) -> dict[str, Any]:
         """Return an experiment's part; what other settings or code made is dropped."""
         entry = self._tree["experiments"].get(experiment.name)

@@ -8,6 +8,10 @@ from castwise.recipes.kenken.curricula import default_text, parse_curriculum
 from castwise.recipes.kenken.settings import PRESETS, KenKenSettings
 from castwise.training.curriculum import Curriculum
 from experiments.kit import KitSettings
+from experiments.puzzle_kit import PuzzleSettings
+
+Budget = KitSettings | PuzzleSettings
+"""A training that has sizes, modes and epochs."""
 
 SEED_MODES = """
 castwise: 1
@@ -33,7 +37,7 @@ dimensions:
 """Four quarters of 30 epochs that share nothing."""
 
 
-def run_settings(kit: KitSettings) -> KenKenSettings:
+def run_settings(kit: Budget) -> KenKenSettings:
     """Return the settings of a recipe run that has the sizes, modes and epochs."""
     return replace(
         PRESETS["tiny"],
@@ -47,18 +51,18 @@ def run_settings(kit: KitSettings) -> KenKenSettings:
     )
 
 
-def default_stages(kit: KitSettings, *dimensions: str) -> Curriculum:
+def default_stages(kit: Budget, *dimensions: str) -> Curriculum:
     """Return the recipe's own stages along some dimensions."""
     settings = run_settings(kit)
     return parse_curriculum(default_text(settings), settings, enabled=dimensions)
 
 
-def stages(text: str, kit: KitSettings) -> Curriculum:
+def stages(text: str, kit: Budget) -> Curriculum:
     """Return the stages of a text."""
     return parse_curriculum(text, run_settings(kit))
 
 
-def last_stage_share(kit: KitSettings, curriculum: Curriculum, dimension: str) -> float:
+def last_stage_share(kit: Budget, curriculum: Curriculum, dimension: str) -> float:
     """Return the share of a run that is left when all earlier stages lasted longest."""
     earlier = curriculum.dimensions[dimension].stages[:-1]
     return 1.0 - sum(stage.max_epochs or 0 for stage in earlier) / kit.num_epochs

@@ -21,8 +21,9 @@ from experiments.a5_mode_stages import (
     DEFAULT,
     EXPOSURE,
     FROM_START,
+    LATE,
     SEED,
-    SEED_LATE,
+    SQUARES,
     ModeStages,
 )
 from experiments.contract import Check, Experiment, Results, frozen_thresholds
@@ -96,8 +97,11 @@ MODE_ARMS = {
     DEFAULT: 0.8,
     EXPOSURE: 0.5,
     FROM_START: 0.8,
-    SEED: 0.05,
-    SEED_LATE: 0.4,
+    SEED: 0.6,
+    f"{SQUARES}{DEFAULT}": 0.4,
+    f"{SQUARES}{FROM_START}": 0.5,
+    f"{SQUARES}{SEED}": 0.01,
+    LATE: 0.1,
     BLIND: 0.1,
 }
 
@@ -107,7 +111,7 @@ def judged_modes(**changes: float) -> set[str]:
     means = MODE_ARMS | changes
     results: Results = {
         arm: {
-            seed: {"valid_negative": valid, "excess_negative": 0.1 - valid / 10}
+            seed: {"negative": valid, "nats": 0.1 - valid / 10}
             for seed, valid in enumerate(around(mean))
         }
         for arm, mean in means.items()
@@ -125,7 +129,8 @@ def test_mode_stages_hold_where_they_should() -> None:
     [
         ({EXPOSURE: 0.75}, EXPOSURE),
         ({DEFAULT: 0.7}, FROM_START),
-        ({SEED: 0.79}, SEED),
+        ({SEED: 0.81}, SEED),
+        ({f"{SQUARES}{SEED}": 0.45}, "squares"),
         ({BLIND: 0.5}, BLIND),
     ],
 )
