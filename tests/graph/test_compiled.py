@@ -77,3 +77,13 @@ def test_outputs_gradients_and_buffers_are_right(case: Case, inner: Inner) -> No
     plan = compiled[0].plan()
     assert not plan.uncovered, plan.summary()
     assert plan.num_casts or case.name == "own regions", plan.summary()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Inductor warns of what this machine lacks
+def test_generated_kernels_are_right() -> None:
+    """Inductor keeps what the plan promises, aliases and writes included."""
+    torch.compiler.reset()
+    case = next(case for case in CASES if case.name == "written")
+    found = errors(case, lambda model: cw.compile(model, "bf16-mixed"))
+    assert max(found) < 8 * TOLERANCES["bf16"].unit

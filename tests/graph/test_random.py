@@ -71,11 +71,9 @@ def test_random_programs_are_right_ahead_of_time(seed: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block", range(8))
-def test_two_hundred_random_programs_are_right(block: int) -> None:
-    """The same for many more; `benchmarks/graph.py --random 2000` runs all."""
-    wrong = [s for s in range(100 + 25 * block, 125 + 25 * block) if error_of(s) >= 1]
-    assert not wrong
+def test_more_random_programs_are_right() -> None:
+    """The same for some more; `benchmarks/graph.py --random 2000` runs many."""
+    assert not [seed for seed in range(100, 140) if not error_of(seed) < 1]
 
 
 def test_a_planner_that_knows_no_aliases_is_found_out(
@@ -94,4 +92,4 @@ def test_a_planner_that_knows_no_aliases_is_found_out(
         )
 
     monkeypatch.setattr(planner, "find_aliases", blind)
-    assert max(error_of(seed) for seed in (1, 2, 3, 5, 7)) > 1
+    assert error_of(2) > 1
