@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,9 +19,11 @@ from castwise.errors import (
 from castwise.hybrid import HybridSettings, HybridTrainer, MixedPrecisionConfig
 from castwise.hybrid.exact_weights import Deltas, ExactWeights
 from castwise.hybrid.predictor import Predictor, Settlement
+from castwise.memory.monitor import MemoryMonitor
 from castwise.numerics.census import observe
 from castwise.optim import hold_weights
 from castwise.policy import PHASES, preset
+from castwise.training.averages import ExponentialAverage, LatestAverage
 from castwise.training.step import Skipped
 from hybrid.small_task import (
     SmallTask,
@@ -548,3 +551,78 @@ def test_compiled_code_is_kept_when_phases_change() -> None:
     assert trainer.statistics.tries > 2
     assert len(graphs) == 2
     torch.compiler.reset()
+
+
+def test_averages_take_in_what_stands() -> None:
+    """A landing that is taken back has left no trace in them."""
+    task = SmallTask()
+    optimizer = task.adamw()
+    trainer = task.trainer(
+        settings(verification="none", correct_steps=6, warmup_steps=24),
+        optimizer=optimizer,
+        predictor=Planted(far_away),
+    )
+    trainer.averages = ExponentialAverage(task.model, decay=0.9)
+    step = run_to_predict(trainer, task)
+    before = copy.deepcopy(trainer.averages.state_dict())
+    assert before["num_updates"] == step
+    while trainer.phase != "full":
+        trainer.step(task.batch(step))
+        step += 1
+    assert trainer.statistics.late_rollbacks == 1
+    after = trainer.averages.state_dict()
+    assert after["num_updates"] == before["num_updates"]
+    for name, value in before["averages"].items():
+        assert torch.equal(after["averages"][name], value), name
+
+
+def test_a_landing_that_stands_enters_the_averages_once() -> None:
+    """When its corrective steps are over."""
+    task = SmallTask()
+    trainer = task.trainer(settings(verification_z=0.0, correct_steps=3))
+    trainer.averages = ExponentialAverage(task.model, decay=0.9)
+    step = run_to_predict(trainer, task)
+    before = trainer.averages.state_dict()["num_updates"]
+    trainer.step(task.batch(step))
+    for later in range(3):
+        assert trainer.averages.state_dict()["num_updates"] == before
+        assert trainer.phase == "correct"
+        trainer.step(task.batch(step + 1 + later))
+    assert trainer.averages.state_dict()["num_updates"] == before + 1
+
+
+def test_evaluation_holds_averages_in_the_precision_of_full() -> None:
+    """In eval mode, whatever phase it is; afterwards everything is as it was."""
+    task = SmallTask()
+    config = MixedPrecisionConfig.default().with_phase_precision("warmup", "bf16")
+    trainer = task.trainer(settings(mixed_precision_config=config))
+    trainer.averages = LatestAverage(task.model, every=1, count=2)
+    for step in range(3):
+        trainer.step(task.batch(step))
+    weight = task.model.get_parameter("0.weight")
+    before = weight.detach().clone()
+
+    def evaluate() -> None:
+        with trainer.evaluation():
+            assert not torch.equal(weight, before)
+            assert not any(module.training for module in task.model.modules())
+            task.model(task.inputs)
+
+    census = observe(evaluate)
+    assert tuple(census.product_shares()) == ("fp32",)
+    assert torch.equal(weight, before)
+    assert all(module.training for module in task.model.modules())
+    assert trainer.run.phase == trainer.phase == "warmup"
+
+
+def test_memory_is_measured_by_phase() -> None:
+    """Every phase that ran has a peak, and none that did not."""
+    task = SmallTask()
+    monitor = MemoryMonitor("cpu")
+    trainer = task.trainer(settings(verification_z=0.0), monitor=monitor)
+    for step in range(30):
+        trainer.step(task.batch(step))
+    assert trainer.meter.take_peak() > 0
+    for phase, count in trainer.statistics.phases.items():
+        assert (count.peak_bytes > 0) == (count.steps > 0), phase
+        assert count.held_bytes <= count.peak_bytes

@@ -50,7 +50,7 @@ class FineTuning(Problem):
     decays = (0, 200)
     max_steps = 400
     evaluate_every = 5
-    target = 0.02
+    target = 0.002
     num_samples, num_in_batch = 2048, 512
     trained: ClassVar[dict[tuple[str, int], dict[str, Tensor]]] = {}
 
