@@ -13,6 +13,7 @@ and each module runs in a span of its name. `trace.json.gz` opens in a browser
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,6 +165,8 @@ class Profile:
         for fqn, module in self._run.model.named_modules():
             self._hooks += _spanned(module, fqn)
         self._num_recorded = 0
+        # its library tells standard error of every start and stop
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
         self._recorder = torch.profiler.profile(
             activities=activities, record_shapes=True, profile_memory=True
         )
