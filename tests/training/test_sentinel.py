@@ -353,6 +353,23 @@ def told_of(run: cw.Run, guard: Sentinel, kinds: list[str]) -> dict[str, Any]:
     }
 
 
+def sharded(rank: int) -> str:
+    """FSDP2 holds a part of each weight, and gathers them when a module runs."""
+    del rank
+    model, policy = nn.Sequential(nn.Linear(6, 8)), cw.preset("16-mixed")
+    cw.shard(model, policy)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    with pytest.raises(SettingsError) as error:
+        Sentinel(cw.prepare(model, optimizer, policy))
+    return str(error.value)
+
+
+def test_sharded_weights_are_refused(two_ranks: TwoRanks) -> None:
+    """A rollback and a probe would need them whole."""
+    for told in two_ranks(sharded):
+        assert "needs whole weights" in told
+
+
 def test_what_one_rank_sees_is_cured_on_all(two_ranks: TwoRanks) -> None:
     """Same rollback, same promotion with the same reason, same weights afterwards."""
     zero, one = two_ranks(overflow_on_one_rank)

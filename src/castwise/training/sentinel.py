@@ -36,6 +36,7 @@ from castwise.errors import (
     SettingsError,
     StepError,
 )
+from castwise.fitting import is_sharded
 from castwise.loss_scale import first_non_finite
 from castwise.policy import Precision
 from castwise.training.open_step import Step
@@ -129,9 +130,17 @@ class Sentinel:
     Args:
         run: What `prepare` returned.
         settings: Where the lines are.
+
+    Raises:
+        SettingsError: The weights are sharded.
     """
 
     def __init__(self, run: Run, settings: SentinelSettings | None = None) -> None:
+        if any(map(is_sharded, run.parameters().values())):
+            raise SettingsError(
+                "a sentinel needs whole weights, to copy them and to compute modules "
+                "once more, and these are sharded; train with DDP, or without it"
+            )
         self._run = run
         self._settings = settings or SentinelSettings()
         self._rollback = Rollback(run)
