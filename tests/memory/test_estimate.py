@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from castwise.errors import SettingsError, TargetError
 from castwise.memory.estimate import Estimate, estimate
 from castwise.memory.lifetimes import Lifetimes
-from castwise.optim import SGD, STORAGES, AdamW, SweepSettings
+from castwise.optim import SGD, STORAGES, AdamW, SweepSettings, hold_weights
 from castwise.policy import Policy, preset
 from castwise.training.step import prepare
 from castwise.training.step_memory import watch_step
@@ -167,6 +167,21 @@ def test_every_storage_is_told(storage: str, optimizer: str) -> None:
     assert told.stages[-1].num_bytes == pytest.approx(
         real.peak(real.marks["update"])[1], rel=5e-3
     )
+
+
+def test_weights_that_are_held_already_are_told_so() -> None:
+    """A hold in force and states that were made are taken as they are."""
+    model, batch = conv_net()
+    optimizer = torch.optim.AdamW(model.parameters())
+    hold_weights(optimizer, "kahan")
+    loss_of(model.bfloat16()(batch[0].bfloat16()), batch[1]).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    given = batch[0].bfloat16(), batch[1]
+    told = estimate(model, given, loss_of, optimizer=optimizer)
+    assert told.by_format("weights") == {"bf16": 2 * told.num_parameters}
+    assert told.by_format("storage") == {"bf16": 2 * told.num_parameters}
+    assert told.by_format("states")["fp32"] >= 8 * told.num_parameters
 
 
 def test_a_model_on_meta_is_told_as_on_the_cpu() -> None:

@@ -142,8 +142,7 @@ def fake_optimizer(
     twin.state = defaultdict(dict)
     for weight, state in optimizer.state.items():
         twin.state[_twin_of(weight, model.twins)] = {
-            name: _fake(each, device) if isinstance(each, torch.Tensor) else each
-            for name, each in state.items()
+            name: _fake_state(each, device) for name, each in state.items()
         }
     return twin
 
@@ -291,6 +290,17 @@ def _twin_of(weight: torch.Tensor, twins: Twins) -> torch.Tensor:
             "model.parameters()"
         )
     return twins[id(weight)]
+
+
+def _fake_state(state: Any, device: torch.device) -> Any:
+    """Make the fake of a state; counts of steps keep their number, which is read."""
+    if not isinstance(state, torch.Tensor):
+        return state
+    if state.dim() or state.device.type != "cpu":
+        return _fake(state, device)
+    with unset_fake_temporarily():
+        number = state.item()
+    return torch.tensor(number, dtype=state.dtype)
 
 
 def _fake(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
