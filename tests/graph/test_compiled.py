@@ -75,7 +75,10 @@ def test_outputs_gradients_and_buffers_are_right(case: Case, inner: Inner) -> No
     for error, rival in zip(found, usual, strict=True):
         assert error <= 1.5 * rival + 2 * TOLERANCES["bf16"].unit
     plan = compiled[0].plan()
-    assert not plan.uncovered, plan.summary()
+    # torch 2.13 cannot differentiate an LSTM ahead of time, in fp32 neither
+    left_out = ["rnn"] if case.name == "recurrent" and inner != "eager" else []
+    assert [each.module for each in plan.uncovered] == left_out, plan.summary()
+    assert {each.treatment for each in plan.uncovered} <= {"autocast"}
     assert plan.num_casts or case.name == "own regions", plan.summary()
 
 

@@ -30,6 +30,7 @@ from castwise.graph.coverage import (
     CoverageWatch,
     Fallback,
     fall_back,
+    install,
     num_graphs_run,
 )
 from castwise.graph.kept_weights import KeptWeights
@@ -155,7 +156,16 @@ class CompiledModel(nn.Module):
             self._variants[phase] = _Variant(
                 self._orig_mod, surroundings, backend, dynamic=self._dynamic
             )
+            self._leave_out_recurrent_layers(self._variants[phase])
         return self._variants[phase]
+
+    def _leave_out_recurrent_layers(self, variant: _Variant) -> None:
+        """AOTAutograd of torch 2.13 cannot differentiate them, in fp32 neither."""
+        if self._inner == "eager":
+            return
+        for fqn, module in self._orig_mod.named_modules():
+            if isinstance(module, nn.RNNBase):
+                install(module, self._fallback(variant)(module, fqn))
 
     def _run_watched(self, variant: _Variant, args: Any, kwargs: dict[str, Any]) -> Any:
         """The first call: see what no graph has, and let it fall back."""
@@ -168,15 +178,11 @@ class CompiledModel(nn.Module):
         )
         return result
 
-    def _fallback(
-        self, variant: _Variant
-    ) -> Callable[[nn.Module, str], Fallback | None]:
+    def _fallback(self, variant: _Variant) -> Callable[[nn.Module, str], Fallback]:
         surroundings = variant.surroundings
 
-        def fallback_of(module: nn.Module, fqn: str) -> Fallback | None:
+        def fallback_of(module: nn.Module, fqn: str) -> Fallback:
             compute = surroundings.compute(fqn)
-            if compute not in {"bf16", "fp16"}:
-                return None
             return Fallback(module, self._device_type, compute, surroundings.table)
 
         return fallback_of

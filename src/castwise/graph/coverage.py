@@ -9,6 +9,7 @@ same operator table; one that was captured in part keeps its other part in fp32.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -21,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from castwise.autocast import autocast
 from castwise.graph.plan import Uncovered
 from castwise.graph.regions import widened
+from castwise.islands.border import LOW
 from castwise.islands.eager import out_of_graphs
 from castwise.numerics.call_site import CallSites
 from castwise.numerics.operator_call import CAST, describe, floating
@@ -106,6 +108,11 @@ class Fallback:
         self._fmt = fmt
         self._table = table
 
+    @property
+    def is_low(self) -> bool:
+        """Whether it runs under autocast; else as it is written."""
+        return self._fmt in LOW
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward of the module's class under autocast."""
         return _run_fallback(self, args, kwargs)
@@ -113,7 +120,12 @@ class Fallback:
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Cast as the operator table says; what goes out is as it was captured."""
         module = self._module
-        with autocast(self._device_type, self._fmt, self._table):
+        region = (
+            autocast(self._device_type, self._fmt, self._table)
+            if self.is_low
+            else contextlib.nullcontext()
+        )
+        with region:
             result = type(module).forward(module, *args, **kwargs)
         return widened(result)
 
@@ -129,7 +141,7 @@ def fall_back(
     model: nn.Module,
     watch: CoverageWatch,
     captured: set[str],
-    fallback_of: Callable[[nn.Module, str], Fallback | None],
+    fallback_of: Callable[[nn.Module, str], Fallback],
 ) -> tuple[Uncovered, ...]:
     """Give every module of which nothing was captured its fallback, and name all.
 
@@ -137,20 +149,22 @@ def fall_back(
         model: The model.
         watch: What ran outside of graphs.
         captured: Modules that captured nodes come from.
-        fallback_of: Makes the fallback of a module, or none where it stays fp32.
+        fallback_of: Makes the fallback of a module.
     """
     found = []
     for fqn, ops in watch.found.items():
-        treatment = "fp32"
-        if fqn and fqn not in captured and _is_free(model.get_submodule(fqn)):
-            module = model.get_submodule(fqn)
-            fallback = fallback_of(module, fqn)
-            if fallback is not None:
-                module.__dict__["forward"] = fallback
-                treatment = "autocast"
+        module = model.get_submodule(fqn)
+        fallback = fallback_of(module, fqn)
+        if fqn and fqn not in captured and fallback.is_low:
+            install(module, fallback)
+        stands_in = module.__dict__.get("forward")
+        falls = isinstance(stands_in, Fallback) and stands_in.is_low
+        treatment = "autocast" if falls else "fp32"
         found.append(Uncovered(module=fqn, ops=tuple(ops), treatment=treatment))
     return tuple(found)
 
 
-def _is_free(module: nn.Module) -> bool:
-    return "forward" not in module.__dict__
+def install(module: nn.Module, fallback: Fallback) -> None:
+    """Give a module its fallback, unless the instance has a forward of its own."""
+    if "forward" not in module.__dict__:
+        module.__dict__["forward"] = fallback
