@@ -364,9 +364,10 @@ class HybridTrainer:
         if prediction is None:
             return
         if prediction.num_corrected:
-            self.residuals.learn(
-                prediction.promised_update(), prediction.real_update(self._weights)
-            )
+            for name, value in self._weights.values().items():  # one at a time in fp32
+                promised = prediction.promised_step(name)
+                real = prediction.real_step(name, value)
+                self.residuals.learn({name: promised}, {name: real})
         if take_back and self.settings.late_rollback:
             self._take_back(prediction, lost=prediction.num_corrected)
             self.statistics.late_rollbacks += 1

@@ -62,16 +62,13 @@ class Prediction:
         )
 
     @torch.no_grad()
-    def real_update(self, weights: ExactWeights) -> Deltas:
-        """Return the mean update of the corrective steps since the landing."""
-        return {
-            name: (value - (self.start[name] + self.delta[name])) / self.num_corrected
-            for name, value in weights.values().items()
-        }
+    def real_step(self, name: str, value: Tensor) -> Tensor:
+        """Return the mean update of a weight in the corrective steps so far."""
+        return (value - (self.start[name] + self.delta[name])) / self.num_corrected
 
-    def promised_update(self) -> Deltas:
-        """Return what was promised for each step."""
-        return {name: delta / self.horizon for name, delta in self.promise.items()}
+    def promised_step(self, name: str) -> Tensor:
+        """Return what was promised of a weight for each step."""
+        return self.promise[name] / self.horizon
 
     def state_dict(self, weights: ExactWeights) -> dict[str, Any]:
         """Return all of it, as plain data and tensors."""
