@@ -362,12 +362,41 @@ def test_two_processes_train_one_model(place: Path) -> None:
 
 
 @needs_lightning
+@pytest.mark.slow
+def test_compiled_blocks_train_as_eager_ones(place: Path) -> None:
+    """By Inductor, with the propagators between two graphs; --no-compile wins."""
+    compiled = SMALL + "  compile: yes\n"
+    (place / "compiled.yaml").write_text(compiled)
+    config = ("--config", str(place / "compiled.yaml"))
+    losses = {}
+    for out, more in (("inductor", ()), ("eager", ("--no-compile",))):
+        process = start(place, out, "--precision", "bf16-mixed", *config, *more)
+        text, _ = process.communicate(timeout=280)
+        assert process.returncode == 0, text
+        facts = tree_of(place, out)["facts"]
+        assert facts["compiled"].startswith("True" if out == "inductor" else "False")
+        losses[out] = lines(place, out, "epoch")[-1].values["validation_loss"]
+    assert losses["inductor"] == pytest.approx(losses["eager"], rel=1e-2)
+
+
+@needs_lightning
 def test_overfitting_learns_a_batch_by_heart(place: Path) -> None:
     """Far below what unseen text allows, and measured on that batch."""
     more = ("--steps", "150", "--overfit-batches", "1", "--evaluate-every", "75")
     run(place, "overfit", "--precision", "32-true", *more)
     last = lines(place, "overfit", "epoch")[-1]
     assert last.values["validation_loss"] < 1.5
+
+
+@needs_lightning
+def test_processes_of_another_launcher_need_a_folder_by_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else each would take the next free one for itself."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.delenv("CASTWISE_RUN_FOLDER", raising=False)
+    with pytest.raises(SettingsError, match="--out"):
+        CliRunner().invoke(root, ["train", "soliton_lm"], catch_exceptions=False)
 
 
 def test_a_missing_lightning_is_told(

@@ -158,14 +158,19 @@ def train(asked: Asked, place: Place) -> int:
 
 
 def _is_first() -> bool:
-    """Whether this is the process that the user started."""
-    return int(os.environ.get("LOCAL_RANK", "0")) == 0
+    """Whether this is the first of all processes, the one that writes."""
+    return all(int(os.environ.get(name, "0")) == 0 for name in ("RANK", "LOCAL_RANK"))
 
 
 def _open_folder(place: Place) -> RunFolder:
     if not _is_first():
-        path = Path(os.environ[_FOLDER])
-        return RunFolder(path=path, resuming=place.resume)
+        path = os.environ.get(_FOLDER) or place.out
+        if path is None:
+            raise SettingsError(
+                "processes that another program starts cannot agree on the next free "
+                "folder; name one for all of them with --out."
+            )
+        return RunFolder(path=Path(path), resuming=place.resume)
     folder = open_run_folder(out=place.out, parent=RUNS, resume=place.resume)
     os.environ[_FOLDER] = str(folder.path.resolve())
     return folder
