@@ -1,6 +1,7 @@
-"""How the resolvent is computed: three tiers behind two functions, no autograd here.
+"""How the resolvent is computed: four tiers behind two functions, no autograd here.
 
     kernel      real chains on the CPU: SIMD machine code (`resolvent_kernel`)
+    star        chains on a CUDA device where Triton is installed (`star_scan`)
     odd_even    everything else: plain torch vector steps, any device, complex chains
     projective  rows that came out non-finite although their inputs are finite
 
@@ -11,6 +12,8 @@ conjugates them into PyTorch's convention.
 from __future__ import annotations
 
 import functools
+import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -83,10 +86,8 @@ def diagonal(chain: Chain, *, wide: bool) -> Tensor:
     if _kernel_fits(chain):
         out, broken = _kernel_forward(chain, wide)
     else:
-        a = chain.a(wide)
-        out, bonds = diagonal_and_bonds(a, chain.k.to(a.dtype))
-        if chain.causal:
-            out = left_inverse(out, bonds)
+        starred = _star_fits(chain)
+        out = _star_inverses(chain, wide)[0] if starred else _plain(chain, wide)
         broken = ~torch.isfinite(torch.view_as_real(out)).all(-1).all(-1)
     if broken.any():
         for row in broken_rows(chain, broken):
@@ -113,12 +114,21 @@ def gradient(chain: Chain, upstream: Tensor, *, wide: bool, need_k: bool) -> Gra
     """Recompute the pivots from the inputs and run the exact adjoint."""
     if _kernel_fits(chain):
         result = _kernel_backward(chain, upstream, wide, need_k)
+    elif _star_fits(chain):
+        result = _star_gradient(chain, upstream, wide, need_k)
     else:
         result = _plain_gradient(chain, upstream, wide, need_k)
     broken = ~torch.isfinite(torch.view_as_real(result.point))
     if broken.any():
         _repair(chain, upstream, result, broken.any(-1))
     return result
+
+
+def _plain(chain: Chain, wide: bool) -> Tensor:
+    """Compute the diagonal in plain torch."""
+    a = chain.a(wide)
+    out, bonds = diagonal_and_bonds(a, chain.k.to(a.dtype))
+    return left_inverse(out, bonds) if chain.causal else out
 
 
 def _plain_gradient(
@@ -152,6 +162,7 @@ def adjoint(
     upstream: Tensor,
     *,
     need_k: bool,
+    scan: Callable[[Tensor, Tensor], Tensor] = linear_scan,
 ) -> Gradient:
     """Run the adjoint from G, 1/u and 1/w by two first-order scans."""
     k = chain.k.to(out.dtype)
@@ -159,12 +170,12 @@ def adjoint(
     leftward = _after_zero((k * iu[..., :-1] * iu[..., :-1]).flip(-1))
     bond = None
     if chain.causal:
-        site = u = linear_scan(leftward, source.flip(-1)).flip(-1)
+        site = u = scan(leftward, source.flip(-1)).flip(-1)
         if need_k:
             bond = -u[..., 1:] * iu[..., :-1]
     else:
         rightward = _after_zero(k * iw[..., 1:] * iw[..., 1:])
-        both = linear_scan(  # in one pass: the vector steps are short
+        both = scan(  # in one pass: the vector steps are short
             torch.stack((leftward, rightward)), torch.stack((source.flip(-1), source))
         )
         u, w = both[0].flip(-1), both[1]
@@ -215,6 +226,43 @@ def _kernel_fits(chain: Chain) -> bool:
         and len(chain.d) > 0
         and kernel_available().value
     )
+
+
+@functools.cache
+def star_available(device_type: str) -> Decision[bool]:
+    """Say whether Triton can be used on a kind of device, and why not."""
+    if device_type != "cuda":
+        return Decision(False, f"Triton compiles for cuda; got {device_type}")
+    if importlib.util.find_spec("triton") is None:
+        return Decision(False, "triton is not installed")
+    return Decision(True, "Triton compiles for cuda")
+
+
+def _star_fits(chain: Chain) -> bool:
+    return len(chain.d) > 0 and star_available(chain.d.device.type).value
+
+
+def _star_inverses(chain: Chain, wide: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return G, 1/u and 1/w; G is 1/u for a causal chain, which has no right."""
+    from castwise.layers.star_scan import pivots  # noqa: PLC0415 -- needs triton
+
+    a = chain.a(wide)
+    k = chain.k.to(a.dtype)
+    left = pivots(a, k, from_right=False)
+    inverse = left.reciprocal()
+    if chain.causal:
+        return inverse, inverse, inverse
+    right = pivots(a, k, from_right=True)
+    return (left + right - a).reciprocal(), inverse, right.reciprocal()
+
+
+def _star_gradient(
+    chain: Chain, upstream: Tensor, wide: bool, need_k: bool
+) -> Gradient:
+    from castwise.layers.star_scan import linear_scan as scan  # noqa: PLC0415 -- needs triton
+
+    entries = _star_inverses(chain, wide)
+    return adjoint(chain, *entries, upstream, need_k=need_k, scan=scan)
 
 
 def _kernel_inputs(chain: Chain, wide: bool) -> tuple[Any, ...]:
