@@ -24,7 +24,7 @@ from castwise.numerics.search.scores import Scores
 from castwise.numerics.search.structure import floating_in
 from castwise.numerics.target import Batch
 
-VERSION = 1
+VERSION = 2
 """Of the file format."""
 
 
