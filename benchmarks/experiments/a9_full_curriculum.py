@@ -32,7 +32,7 @@ from castwise.training.journal import read_journal
 from experiments import kit, stages
 from experiments.contract import Check, Experiment, Results
 
-SETTINGS = kit.KitSettings(sizes=(3, 4, 5), num_steps=1800, num_epochs=30)
+SETTINGS = kit.KitSettings(sizes=(3, 4, 5), num_steps=3000, num_epochs=30)
 SQUARES, RECIPE, FLOOR = "squares", "recipe", "floor"
 RECIPE_FLAGS = (
     *("--preset", "small", "--sizes", "3,4,5", "--steps", "500"),
