@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from two_ranks import TwoRanks
 
@@ -13,3 +14,23 @@ def two_ranks() -> Iterator[TwoRanks]:
     ranks = TwoRanks()
     yield ranks
     ranks.stop()
+
+
+def switches() -> tuple[bool, ...]:
+    """What a test must leave as it was: all of it holds for the whole process."""
+    return (
+        torch.is_autocast_cache_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.is_grad_enabled(),
+        torch.are_deterministic_algorithms_enabled(),
+    )
+
+
+@pytest.fixture(autouse=True)
+def switches_stay() -> Iterator[None]:
+    """No test, and nothing that it tries, leaves a switch of torch thrown."""
+    before = switches()
+    yield
+    after = switches()
+    torch.set_autocast_cache_enabled(before[0])
+    assert after == before, "autocast's cache, autocast, gradients, determinism"

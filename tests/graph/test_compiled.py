@@ -13,7 +13,7 @@ from castwise.autocast import autocast
 from castwise.graph.capture import Inner
 from castwise.graph.compiled import CompiledModel
 from castwise.numerics.error import relative_error
-from graph.graph_cases import CASES, Case
+from graph_cases import CASES, Case
 from tolerances import TOLERANCES
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import castwise as cw
 from castwise.errors import TargetError
 from castwise.graph import GradientFlow, gradient_flow
-from graph.graph_cases import WIDTH, Attention, Llama, Tied
+from graph_cases import WIDTH, Attention, Llama, Tied
 
 
 def rows(*shape: int) -> Tensor:

@@ -18,7 +18,7 @@ from castwise.graph.drawing import draw
 from castwise.numerics.census import observe
 from castwise.numerics.error import relative_error
 from castwise.policy import Policy, preset
-from graph.graph_cases import CASES, WIDTH
+from graph_cases import CASES, WIDTH
 from tolerances import TOLERANCES
 
 pytestmark = [

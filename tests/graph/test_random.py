@@ -14,7 +14,7 @@ from castwise.graph import planner
 from castwise.graph.aliases import find_aliases
 from castwise.graph.capture import Inner
 from castwise.numerics.error import relative_error
-from graph.random_nets import ROWS, WIDTH, RandomNet
+from random_nets import ROWS, WIDTH, RandomNet
 
 LIMITS = {"bf16-mixed": 0.1, "16-mixed": 0.02}
 """Programs of 14 operators round a dozen times; a stale cast is wrong by far more."""

@@ -8,7 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 from castwise.hybrid import HybridSettings, HybridTrainer
 from castwise.hybrid.agreement import Alone, agreement_of
 from castwise.hybrid.verification import judge
-from hybrid.small_task import SmallTask, bits_of, classification_loss
+from small_task import SmallTask, bits_of, classification_loss
 from two_ranks import TwoRanks
 
 

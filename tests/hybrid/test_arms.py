@@ -4,8 +4,8 @@ import pytest
 
 from castwise.hybrid import HybridSettings, HybridTrainer
 from castwise.hybrid.arms import Arms
-from hybrid.small_task import SmallTask
 from hybrid.test_hybrid_trainer import Planted, away
+from small_task import SmallTask
 
 
 def arms() -> Arms:

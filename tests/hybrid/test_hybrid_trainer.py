@@ -25,7 +25,7 @@ from castwise.optim import hold_weights
 from castwise.policy import PHASES, preset
 from castwise.training.averages import ExponentialAverage, LatestAverage
 from castwise.training.step import Skipped
-from hybrid.small_task import (
+from small_task import (
     SmallTask,
     assert_same_bits,
     bits_of,

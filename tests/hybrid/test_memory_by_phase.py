@@ -11,7 +11,7 @@ from castwise.errors import SettingsError
 from castwise.hybrid import HybridSettings, MixedPrecisionConfig
 from castwise.hybrid.memory_by_phase import estimate_memory
 from castwise.hybrid.phases import Phase
-from hybrid.small_task import SmallTask
+from small_task import SmallTask
 
 
 def tensors_of(tree: Any) -> dict[int, Tensor]:

@@ -12,8 +12,8 @@ from castwise.hybrid import HybridSettings
 from castwise.hybrid.resting_states import RestingStates
 from castwise.optim import AdamW, SweepSettings
 from castwise.policy import preset
-from hybrid.small_task import SmallTask, assert_same_bits, bits_of
 from hybrid.test_hybrid_trainer import Planted, away, far_away
+from small_task import SmallTask, assert_same_bits, bits_of
 
 
 def stepped(make: Callable[[nn.Module], torch.optim.Optimizer]) -> tuple[Any, Any]:

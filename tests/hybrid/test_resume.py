@@ -15,7 +15,7 @@ from castwise.training.random_state import (
     capture_random_states,
     restore_random_states,
 )
-from hybrid.small_task import (
+from small_task import (
     SmallTask,
     assert_same_bits,
     bits_of,

@@ -30,6 +30,28 @@ pointer: Any = intrinsic(_to_pointer)
 """int64 -> void *, inside of compiled code; `numba.carray` makes an array of it."""
 
 
+def _to_prefetch(typing_context: Any, address: Any) -> Any:
+    """Ask the second-level cache for the line at an address."""
+    del typing_context, address
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        del signature
+        number = ir.IntType(32)
+        kinds = [cgutils.voidptr_t, number, number, number]
+        function = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(ir.VoidType(), kinds), "llvm.prefetch.p0i8"
+        )
+        where = builder.inttoptr(values[0], cgutils.voidptr_t)
+        builder.call(function, [where, number(0), number(2), number(1)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+prefetch: Any = intrinsic(_to_prefetch)
+"""int64 -> nothing; what it points to may be anywhere, and even nowhere."""
+
+
 def _to_wide(typing_context: Any, number: Any) -> Any:
     """Return a number in fp32 that may come as bits."""
     del typing_context
