@@ -4,7 +4,7 @@ import pytest
 
 from castwise.hybrid import HybridSettings, HybridTrainer
 from castwise.hybrid.arms import Arms
-from hybrid.test_hybrid_trainer import Planted, away
+from planted import Planted, away
 from small_task import SmallTask
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,14 +17,14 @@ from castwise.errors import (
     UnsupportedFormatError,
 )
 from castwise.hybrid import HybridSettings, HybridTrainer, MixedPrecisionConfig
-from castwise.hybrid.exact_weights import Deltas, ExactWeights
-from castwise.hybrid.predictor import Predictor, Settlement
+from castwise.hybrid.exact_weights import Deltas
 from castwise.memory.monitor import MemoryMonitor
 from castwise.numerics.census import observe
 from castwise.optim import hold_weights
 from castwise.policy import PHASES, preset
 from castwise.training.averages import ExponentialAverage, LatestAverage
 from castwise.training.step import Skipped
+from planted import Planted, away, far_away
 from small_task import (
     SmallTask,
     assert_same_bits,
@@ -37,65 +37,6 @@ def settings(**changes: Any) -> HybridSettings:
     """Short phases, and a gate that opens early."""
     given = {"warmup_steps": 8, "full_steps": 4, "confidence_threshold": 0.2}
     return HybridSettings(**{**given, **changes})
-
-
-class Planted(Predictor):
-    """Always sure; proposes what a function of the weights says."""
-
-    name = "planted"
-
-    def __init__(self, propose: Callable[[dict[str, Tensor], int], Deltas]) -> None:
-        self._propose = propose
-        self.settled: list[Settlement] = []
-        self.num_observed = 0
-
-    def begin(self, weights: ExactWeights) -> None:
-        """Keep the weights."""
-        self._weights = weights
-
-    def observe(self) -> None:
-        """Count."""
-        self.num_observed += 1
-
-    @property
-    def window_ended(self) -> bool:
-        """Always."""
-        return True
-
-    def confidence(self) -> float:
-        """Be sure."""
-        return 0.99
-
-    def propose(self, horizon: int) -> Deltas:
-        """Ask the function."""
-        return self._propose(self._weights.values(), horizon)
-
-    def settle(self, outcome: Settlement) -> None:
-        """Keep the outcome."""
-        if outcome != "not_asked":
-            self.settled.append(outcome)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return nothing."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Accept nothing."""
-        del state
-
-
-def away(values: dict[str, Tensor], horizon: int) -> Deltas:
-    """To places where the loss is much higher."""
-    del horizon
-    return {name: torch.full_like(value, 3.0) for name, value in values.items()}
-
-
-def far_away(values: dict[str, Tensor], horizon: int) -> Deltas:
-    """To places that a few corrective steps cannot repair."""
-    deltas = away(values, horizon)
-    generator = torch.Generator().manual_seed(3)
-    deltas["4.weight"] = 30 * torch.randn(values["4.weight"].shape, generator=generator)
-    return deltas
 
 
 def to_nan(values: dict[str, Tensor], horizon: int) -> Deltas:

@@ -12,7 +12,7 @@ from castwise.hybrid import HybridSettings
 from castwise.hybrid.resting_states import RestingStates
 from castwise.optim import AdamW, SweepSettings
 from castwise.policy import preset
-from hybrid.test_hybrid_trainer import Planted, away, far_away
+from planted import Planted, away, far_away
 from small_task import SmallTask, assert_same_bits, bits_of
 
 

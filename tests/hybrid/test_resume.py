@@ -21,7 +21,10 @@ from small_task import (
     bits_of,
 )
 
-OPTIONS: dict[str, dict[str, float]] = {"rna": {"num_iterates": 2}}
+OPTIONS: dict[str, dict[str, float]] = {
+    "rna": {"num_iterates": 2},
+    "dmd": {"num_iterates": 4, "rank": 2},
+}
 
 
 def settings(predictor: str, mode: Any) -> HybridSettings:

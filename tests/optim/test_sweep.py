@@ -413,6 +413,7 @@ def test_gradients_released_in_the_backward_are_swept_one_by_one(backend: Any) -
 @pytest.mark.parametrize("kind", [AdamW, Lion])
 def test_the_compiled_twin_agrees_with_the_twin(kind: Any) -> None:
     """What runs on CUDA, compiled here for the CPU, differs by roundings at most."""
+    torch.compiler.reset()  # others here have used up its recompilations
     settings = [
         SweepSettings(states="8bit", min_8bit_size=2000, backend=backend)
         for backend in ("compiled", "twin")
