@@ -126,7 +126,7 @@ def test_casts_of_weights_are_a_kind() -> None:
     ledger = Ledger(net)
     for weight in net.parameters():
         ledger.name(weight, kind="weights")
-    with ledger, torch.autocast("cpu", torch.bfloat16):
+    with ledger, torch.autocast("cpu", torch.bfloat16, cache_enabled=True):
         loss = net(x).sum()
         ledger.begin("backward")
     casts = [a for a in ledger.lifetimes().allocations if a.kind == "casts"]

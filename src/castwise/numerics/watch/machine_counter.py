@@ -46,10 +46,14 @@ class MachineCounter:
         self._weights: list[tuple[str, torch.dtype, int]] = []
         self._table = np.zeros((0, kernel.NUM_COLUMNS), np.int64)
         self._old = self._gradients = np.zeros(0, np.int32)
+        self._arrays: tuple[int, ...] = ()
 
     def renew(self, draws: torch.Tensor) -> None:
         """Look at other places from here on: [STRETCHES] in [0, 1)."""
         self._draws = draws.numpy()
+        arrays = self._draws, self._halves, self._scratch, self._of_step
+        addresses = (array.ctypes.data for array in arrays)
+        self._arrays = (*addresses, len(self._draws), NEIGHBOURS, NUM_BINS)
 
     def fits(self, tensor: torch.Tensor) -> bool:
         """Whether such a tensor can be read: plain, and one block of memory."""
@@ -74,19 +78,17 @@ class MachineCounter:
             and weight.stride() == gradient.stride()
         )
 
-    def see(self, row: int, tensor: torch.Tensor) -> None:
-        """Count a tensor that `fits` in a row."""
+    def see(self, row: int, tensor: torch.Tensor) -> int:
+        """Count a tensor that `fits` in a row; return how many numbers it has."""
+        size = tensor.numel()
         kernel.count_tensor(
             tensor.data_ptr(),
             _FORMATS[tensor.dtype],
-            tensor.numel(),
-            self._draws,
-            NEIGHBOURS,
-            self._halves,
-            self._scratch,
-            self._of_step,
+            size,
+            *self._arrays,
             row,
         )
+        return size
 
     def see_weights(
         self, weights: Sequence[tuple[str, int, torch.Tensor, int, torch.Tensor]]

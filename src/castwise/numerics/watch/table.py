@@ -7,15 +7,15 @@ each of them has seen.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, final
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, final, overload
 
 import torch
 from torch import distributed, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from castwise.numerics.operator_call import format_name
-from castwise.numerics.watch.exponents import ExponentHistogram
+from castwise.numerics.watch.exponents import NUM_BINS, ExponentHistogram
 from castwise.numerics.watch.samples import Counter, LostUpdates, Places
 from castwise.numerics.watch.windows import TensorKind, TensorWatch
 
@@ -67,10 +67,11 @@ class WatchTable:
         row = self._rows.get((kind, name))
         if row is None or is_functorch_wrapped_tensor(tensor):  # inside of vmap
             return None
-        local = _local(tensor)
-        if self._machine is not None and self._machine.fits(local):
-            self._seen[row] = tensor.dtype, tensor.numel()
-            self._machine.see(row, local)
+        local = tensor if type(tensor) is torch.Tensor else _local(tensor)
+        machine = self._machine
+        if machine is not None and machine.fits(local):
+            size = machine.see(row, local)
+            self._seen[row] = tensor.dtype, size if local is tensor else tensor.numel()
             return None
         if local.device != self._device or not local.numel():
             return None
@@ -139,8 +140,8 @@ class WatchTable:
         if self._machine is not None:
             self._machine.forget()
 
-    def close(self, scale: float, *, is_held: bool) -> tuple[TensorWatch, ...]:
-        """Add up over ranks and make records of what was counted."""
+    def close(self, scale: float, *, is_held: bool) -> WatchedTensors:
+        """Add up over ranks what was counted, and begin again with nothing."""
         counts, lost = self._counter.take(), self._lost.take()
         if self._machine is not None:
             counted, updates = self._machine.take()
@@ -149,29 +150,93 @@ class WatchTable:
         if num_ranks() > 1:
             distributed.all_reduce(counts)
             distributed.all_reduce(lost)
-        histograms, shares = ExponentHistogram.from_bins(counts.cpu()), lost.T.tolist()
-        shift = -math.floor(math.log2(scale))
-        found = []
-        for (kind, name), row in self._rows.items():
+        return WatchedTensors(
+            tuple(self._rows),
+            dict(self._seen),
+            counts.cpu(),
+            lost.cpu(),
+            scale,
+            is_held,
+        )
+
+
+@final
+class WatchedTensors(Sequence[TensorWatch]):
+    """The records of one window, made when somebody reads them.
+
+    Until then a window is a small table of counts: a run that looks at its numbers
+    every hundred steps need not wait for a thousand records each time.
+    """
+
+    def __init__(
+        self,
+        keys: tuple[_Key, ...],
+        seen: dict[int, tuple[torch.dtype, int]],
+        counts: torch.Tensor,
+        lost: torch.Tensor,
+        scale: float,
+        is_held: bool,
+    ) -> None:
+        self._keys, self._seen, self._lost = keys, seen, lost
+        self._scale, self._is_held = scale, is_held
+        self._bins = counts.any(0).nonzero().flatten()
+        self._counts = counts[:, self._bins]
+        self._found: tuple[TensorWatch, ...] | None = None
+
+    @overload
+    def __getitem__(self, place: int) -> TensorWatch: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> tuple[TensorWatch, ...]: ...
+
+    def __getitem__(self, place: int | slice) -> TensorWatch | tuple[TensorWatch, ...]:
+        return self._read()[place]
+
+    def __len__(self) -> int:
+        return len(self._read())
+
+    def __iter__(self) -> Iterator[TensorWatch]:
+        return iter(self._read())
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence):
+            return NotImplemented
+        return self._read() == tuple(other)
+
+    def __hash__(self) -> int:
+        return hash(self._read())
+
+    def __repr__(self) -> str:
+        return repr(self._read())
+
+    def _read(self) -> tuple[TensorWatch, ...]:
+        if self._found is None:
+            self._found = tuple(self._records())
+            self._counts = self._lost = torch.empty(0)
+        return self._found
+
+    def _records(self) -> Iterator[TensorWatch]:
+        counts = torch.zeros((len(self._keys), NUM_BINS), dtype=torch.int64)
+        counts[:, self._bins] = self._counts
+        histograms, shares = ExponentHistogram.from_bins(counts), self._lost.T.tolist()
+        shift = -math.floor(math.log2(self._scale))
+        for row, (kind, name) in enumerate(self._keys):
             dtype, size = self._seen.get(row, (torch.float32, 0))
             histogram = histograms[row]
             if not histogram.total:
                 continue
-            if kind in {"gradient", "output_gradient"} and scale != 1:
+            if kind in {"gradient", "output_gradient"} and self._scale != 1:
                 histogram = histogram.shifted(shift)
             fmt = format_name(dtype)
-            kept = kind != "weight" or is_held
-            found.append(
-                TensorWatch(
-                    kind=kind,
-                    name=name,
-                    format=fmt,
-                    num_elements=size,
-                    histogram=histogram,
-                    lost=None if kept else _lost(fmt, shares[row]),
-                )
+            kept = kind != "weight" or self._is_held
+            yield TensorWatch(
+                kind=kind,
+                name=name,
+                format=fmt,
+                num_elements=size,
+                histogram=histogram,
+                lost=None if kept else _lost(fmt, shares[row]),
             )
-        return tuple(found)
 
 
 def _machine_counter(num_rows: int, device: torch.device) -> MachineCounter | None:

@@ -6,7 +6,7 @@ and answers there for formats and loss scales that the run never used.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -71,7 +71,7 @@ class WatchWindow:
     num_skipped: int
     """Steps between the window before and the end of this one that were skipped."""
 
-    tensors: tuple[TensorWatch, ...]
+    tensors: Sequence[TensorWatch]
     """Everything that was counted."""
 
     def of(self, *kinds: TensorKind) -> tuple[TensorWatch, ...]:
