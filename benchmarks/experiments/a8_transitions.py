@@ -29,7 +29,7 @@ from experiments.contract import Check, Experiment, Results
 SCRIPTED, DEADLINE, LIVE, TESTS = "scripted", "deadline", "live", "tests"
 NUM_STREAMS, NUM_EPOCHS, NOISE, MISSING = 400, 60, 0.06, 0.1
 FILES = ("tests/training/test_curriculum.py",)
-SETTINGS = kit.KitSettings(num_steps=450, num_epochs=30)
+SETTINGS = kit.KitSettings(num_steps=720, num_epochs=48)
 LIVE_STAGES = """
 castwise: 1
 dimensions:
@@ -37,9 +37,9 @@ dimensions:
     smoothing: 0.3
     stages:
     - {name: standard, modes: {standard: 1}, advance: stage_loss < 0.3 for 2,
-       max_epochs: 12}
+       max_epochs: 24}
     - {name: with zero, modes: {standard: 1, zero: 1}, advance: stage_loss < 0.3 for 2,
-       max_epochs: 12, rehearsal: 0.2}
+       max_epochs: 24, rehearsal: 0.2}
     - {name: all, modes: {standard: 1, zero: 1, negative: 1}}
 """
 LONGEST = 12
