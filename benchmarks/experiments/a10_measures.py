@@ -37,7 +37,7 @@ KNOWN = {
     "most_certain_first 4": 1.0,  # among equals the first in reading order
     "most_certain_first 5": 0.971,
 }
-"""Legal random filling, measured by other code before this one was written."""
+"""Legal random filling, measured by other code."""
 FILES = (
     "tests/recipes/kenken/test_measures.py",
     "tests/recipes/kenken/test_posterior.py",
