@@ -42,7 +42,7 @@ dimensions:
        max_epochs: 24, rehearsal: 0.2}
     - {name: all, modes: {standard: 1, zero: 1, negative: 1}}
 """
-LONGEST = 12
+LONGEST = 24
 
 
 @final
