@@ -70,24 +70,20 @@ def requires_grad(node: fx.Node) -> bool:
 
 def storages(node: fx.Node) -> set[int]:
     """What stands for the storages that a node's tensors live in."""
-    found = set()
-    for tensor in tensors_of(value_of(node)):
-        try:
-            found.add(int(tensor.untyped_storage()._cdata))  # noqa: SLF001 -- the identity of a storage that is fake has no public name
-        except (NotImplementedError, RuntimeError):  # sparse tensors have none
-            continue
-    return found
+    return {
+        int(tensor.untyped_storage()._cdata)  # noqa: SLF001 -- the identity of a storage that is fake has no public name
+        for tensor in tensors_of(value_of(node))
+        if tensor.layout is torch.strided  # others have none
+    }
 
 
 def was_written(node: fx.Node) -> bool:
     """Whether one of a node's tensors was written to while the graph was captured."""
-    for tensor in tensors_of(value_of(node)):
-        try:
-            if tensor._version:  # noqa: SLF001 -- no public name
-                return True
-        except RuntimeError:  # inference tensors keep no version
-            return False
-    return False
+    return any(
+        not tensor.is_inference()  # those keep no version
+        and bool(tensor._version)  # noqa: SLF001 -- no public name
+        for tensor in tensors_of(value_of(node))
+    )
 
 
 def _numel(tensor: torch.Tensor) -> int:

@@ -18,6 +18,7 @@ import itertools
 import linecache
 import re
 import sys
+import sysconfig
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -35,6 +36,10 @@ _Kind = Literal["user", "torch", "border", "table", "graph", "passage", "witness
 
 _TORCH = str(Path(torch.__file__).parent)
 _CASTWISE = str(Path(__file__).parents[1])
+_INSTALLED = (
+    Path(torch.__file__).parents[1],
+    *{Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")},
+)
 
 # Whose code a file is, by the first prefix that fits; layers and recipes of castwise
 # are models like those of any user.
@@ -322,18 +327,16 @@ def _shown(file: str, line: int) -> str:
     return f"{shown_file(file)}:{line}"
 
 
-def is_users(file: str) -> bool:
-    """Whether a file is code of a user, or of a layer or recipe as theirs would be."""
-    return _kind_of_file(file) == "user"
-
-
 def shown_file(file: str) -> str:
-    """Name a file as short as it stays clear: below the working folder if it is."""
-    try:
-        return str(Path(file).relative_to(Path.cwd()))
-    except ValueError:
-        inside = file.startswith(_TORCH)
-        return f"torch{file.removeprefix(_TORCH)}" if inside else file
+    """Name a file as short as it stays clear, and the same on every machine.
+
+    Installed code goes by its package, other code below the working folder if it is.
+    """
+    path = Path(file)
+    for root in (*_INSTALLED, Path.cwd(), Path(_CASTWISE).parent):
+        if path.is_relative_to(root):
+            return str(path.relative_to(root))
+    return file
 
 
 def is_below(module: str | None, fqn: str) -> bool:

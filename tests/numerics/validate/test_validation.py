@@ -245,6 +245,7 @@ def test_formats_named_by_hand_are_told() -> None:
 def no_fp32(x: torch.Tensor) -> torch.Tensor:
     """Copy bf16 and fp64; there is no kernel for fp32."""
     if x.dtype is torch.float32:
+        # As PyTorch's own operators do without a kernel; the test below needs one.
         raise NotImplementedError("no kernel for fp32")
     return x.clone()
 

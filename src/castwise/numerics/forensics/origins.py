@@ -25,7 +25,7 @@ from torch import nn
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from castwise.numerics.call_site import CallSite, CallSites, is_users, shown_file
+from castwise.numerics.call_site import CallSite, CallSites, is_of_user, shown_file
 from castwise.numerics.forensics.watched_call import (
     WatchedCall,
     has_nan,
@@ -294,7 +294,7 @@ def _called_by_user() -> bool:
     """Whether a line of a user stands between an operator and `Origins.call`."""
     frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 -- the only fast way
     while frame is not None and frame.f_code is not Origins.call.__code__:
-        if is_users(frame.f_code.co_filename):
+        if is_of_user(frame.f_code.co_filename):
             return True
         frame = frame.f_back
     return False

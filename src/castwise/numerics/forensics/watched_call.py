@@ -129,9 +129,10 @@ class WatchedCall:
         args, kwargs = tree_map(_widened, (self.args, self.kwargs))
         try:
             result = self.func(*args, **kwargs)
-        except (RuntimeError, TypeError, NotImplementedError):
-            # What an operator without an fp64 kernel raises is its own choice. The
-            # caller then judges by the operands, and by whether the operator can grow.
+        # What an operator without an fp64 kernel raises is its own choice: PyTorch's
+        # raise both. The caller then judges by the operands, and by whether
+        # the operator can grow.
+        except (RuntimeError, TypeError):  # no fp64 kernel
             return None
         return _written(self.func, args, kwargs, result)
 

@@ -182,9 +182,13 @@ class Bench:
         """Tell what of the user's code cannot run in the reference format."""
         try:
             yield
-        except (RuntimeError, TypeError, NotImplementedError, ValueError) as error:
-            # The user's own forward runs here in a format that it may never have met;
-            # nothing is lost: the sentence names the place, the cause stays chained.
+        # The user's own forward runs here in a format that it may never have met;
+        # nothing is lost: the sentence names the place, the cause stays chained.
+        except (
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:  # raised again
             if isinstance(error, CastwiseError):
                 raise
             name = self.reference.default.compute

@@ -324,7 +324,12 @@ def _trial(
 
     def run(cast: Any) -> Any:
         given, named = tree_unflatten(list(map(cast, leaves, fed)), spec)
-        return func(*given, **named)
+        # Any operator comes here, with arguments in other formats than it was given;
+        # what one without such a kernel raises is its own choice.
+        try:
+            return func(*given, **named)
+        except (RuntimeError, TypeError, IndexError, ValueError) as error:  # untried
+            raise _CannotRunAloneError from error
 
     try:
         if basis == "reference":
@@ -338,11 +343,13 @@ def _trial(
         error = _worst(got, wanted)
         is_narrow = any(t.dtype.itemsize < _itemsize_fp32(t) for t in _tensors(leaves))
         floor = _worst(list(_compared(run(_as_fp32))), wanted) if is_narrow else error
-    except (RuntimeError, NotImplementedError, TypeError, IndexError, ValueError):
-        # Any operator comes here, with arguments of other formats than it was given;
-        # what one without such a kernel raises is its own choice. It is told: untried.
+    except _CannotRunAloneError:  # the verdict names it: not tried alone
         return None
     return basis, error, floor, max(map(share_flushed, got, wanted), default=0.0)
+
+
+class _CannotRunAloneError(Exception):
+    """An operator has no kernel for what a trial gives it."""
 
 
 def _as_candidate(candidate: Any, fed: Any) -> Any:
