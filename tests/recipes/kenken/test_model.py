@@ -142,13 +142,13 @@ def test_cells_hear_the_ways_that_are_left_of_their_own_clue() -> None:
     """Without an opinion the ways of `+ 5` are left alike; who wants a 3 keeps one."""
     ids = np.array([[0, 0, 1, 1, 0, 1, 2, 2, 2]])
     ops, targets = np.array([[OP_ADD, OP_NONE, OP_NONE]]), np.array([[5, 0, 0]])
-    relations = relate(np.array([0]), ids, ops, targets)
+    cages = relate(np.array([0]), ids, ops, targets).by_cage()
     heads = ClueAttention(replace(MODELS["tiny"], num_clue_heads=1))
     with torch.no_grad():
         for weight in heads.parameters():
             weight.zero_()
         normed = torch.zeros(1, 9, 3, MODELS["tiny"].num_channels)
-        blank = heads(normed, relations)[0]
+        blank = heads(normed, cages)[0]
         # levels of each rank in 1 + 1 + 3 and in 1 + 2 + 2, at even shares
         assert blank[0].tolist() == [[0.5, 0.5, 0], [0, 0.5, 0], [0.5, 0, 0]]
         assert torch.equal(blank[[0, 1, 4]], blank[[0, 0, 0]])
@@ -156,7 +156,7 @@ def test_cells_hear_the_ways_that_are_left_of_their_own_clue() -> None:
         normed[:, :, 2] = 1.0
         heads.opinion.weight.fill_(1.0)
         heads.potential.weight[0] = 10.0  # a rank that is spoken of shall occur once
-        left = heads(normed, relations)[0]
+        left = heads(normed, cages)[0]
     assert left[4].tolist() == [[0, 1, 0], [0, 0, 0], [1, 0, 0]]
     assert not left[5].any()
 

@@ -6,6 +6,7 @@ from itertools import product
 
 import numpy as np
 import pytest
+import torch
 
 from castwise.recipes.kenken.alphabets import Mode, digits
 from castwise.recipes.kenken.clues import (
@@ -91,13 +92,14 @@ def test_the_shape_of_a_cage_limits_repeats_and_cells_without_cage_know_nothing(
     assert relations.mates[0, 0].nonzero().flatten().tolist() == [1, 4]
     assert relations.members[0].tolist() == (ids[0] == np.arange(3)[:, None]).tolist()
     # 1+1+3 and 1+2+2; 1+2+3 alone; nothing
-    assert relations.is_way[0].sum(dim=1).tolist() == [2, 1, 0]
-    assert not relations.ways[0, 2].any()
+    cages = relations.by_cage()
+    assert cages.is_way[0].sum(dim=1).tolist() == [2, 1, 0]
+    assert not cages.ways[0, 2].any()
     none = relate(np.array([2]), ids * 0, np.zeros((1, 1), int), np.zeros((1, 1), int))
     assert none.support.flatten().tolist() == pytest.approx([1 / 3] * 27)
     assert not none.mates.any()
     assert not none.members.any()
-    assert not none.is_way.any()
+    assert not none.by_cage().is_way.any()
     assert not none.operations.any()
 
 
@@ -107,3 +109,31 @@ def test_a_cage_too_large_to_list_passes_for_one_without_a_clue() -> None:
     assert read.support.tolist() == pytest.approx([1 / 16] * 16)
     assert not len(read.ways)
     assert read_clue(16, Mode.STANDARD, OP_NONE, 0, 256, 16).support.sum() == 1
+
+
+def test_clues_that_are_alike_share_their_ways_and_no_two_others_do() -> None:
+    """Operation, target, alphabet, cells and repeats all tell clues apart."""
+    # 0 0 1 2
+    # 3 3 1 2
+    # 4 4 5 6      cage 5 stands around a corner, with room for a repeat
+    # 7 5 5 6
+    ids = np.array([[0, 0, 1, 2, 3, 3, 1, 2, 4, 4, 5, 6, 7, 5, 5, 6]] * 3)
+    ops = np.array([[OP_ADD, OP_ADD, OP_SUB, OP_MUL, OP_MUL, OP_ADD, OP_DIV, OP_GIVEN]])
+    targets = np.array([[3, 3, 3, 2, -2, 3, 2, 1]])
+    relations = relate(
+        np.arange(3), ids, np.repeat(ops, 3, axis=0), np.repeat(targets, 3, axis=0)
+    )
+    assert relations.clues[0, 0] == relations.clues[0, 1]
+    assert len(relations.ways) == relations.clues.unique().numel() == 3 * 7
+    cages = relations.by_cage()
+    for mode, puzzle in product(range(3), range(8)):
+        read = read_clue(
+            4,
+            list(Mode)[mode],
+            *(int(array[0, puzzle]) for array in (ops, targets)),
+            *{5: (3, 2), 7: (1, 1)}.get(puzzle, (2, 1)),
+        )
+        found = cages.ways[mode, puzzle][cages.is_way[mode, puzzle]]
+        assert found.tolist() == read.ways.tolist()
+    chosen = relations.select(torch.tensor([2])).by_cage()
+    assert torch.equal(chosen.ways, cages.ways[2:])

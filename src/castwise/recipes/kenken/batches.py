@@ -84,7 +84,7 @@ class PuzzleBatch:
         """Keep some puzzles: int64 rows, a bool mask [B], or a slice."""
         return replace(
             self,
-            relations=Relations(*(tensor[rows] for tensor in self.relations)),
+            relations=self.relations.select(rows),
             **{name: getattr(self, name)[rows] for name in _TENSORS},
         )
 

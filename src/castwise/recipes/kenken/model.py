@@ -44,7 +44,7 @@ from castwise.recipes.kenken.relations import NUM_LEVELS
 
 if TYPE_CHECKING:
     from castwise.recipes.kenken.batches import PuzzleBatch
-    from castwise.recipes.kenken.relations import Relations
+    from castwise.recipes.kenken.relations import CageWays, Relations
 
 _NUM_FEATURES = 10
 _NUM_OPERATIONS = 6
@@ -184,15 +184,14 @@ class KenKenModel(nn.Module):
         size = alphabet.shape[1]
         state = self._read(tokens, alphabet, relations)
         barred = _barred(size, relations.mates, relations.support.dtype)
+        cages = relations.by_cage()
         logits = []
         for _ in range(num_loops or self.settings.num_loops):
             for block in self.blocks:
                 if self.settings.recompute and torch.is_grad_enabled():
-                    state = checkpoint(
-                        block, state, relations, barred, use_reentrant=False
-                    )
+                    state = checkpoint(block, state, cages, barred, use_reentrant=False)
                 else:
-                    state = block(state, relations, barred)
+                    state = block(state, cages, barred)
             logits.append(self.head(self.norm(state)).squeeze(-1))
         return torch.stack(logits)
 
@@ -258,26 +257,28 @@ class ClueAttention(nn.Module):
         self.opinion = nn.Linear(settings.num_channels, pooled)
         self.potential = nn.Linear(pooled, NUM_LEVELS * self.num_heads)
 
-    def forward(self, normed: Tensor, relations: Relations) -> Tensor:
+    def forward(self, normed: Tensor, cages: CageWays) -> Tensor:
         """Hear how often each rank occurs in the ways that are left.
 
         Args:
             normed: [B, L, n, c].
-            relations: Members of the cages and the ways of their clues.
+            cages: Their members and the ways of their clues.
 
         Returns:
             [B, L, n, NUM_LEVELS * H], the shares of the levels; 0 without a clue.
         """
         batch, length, size, _ = normed.shape
-        cages = relations.members.shape[1]
+        num_cages = cages.members.shape[1]
         opinions = functional.relu(self.opinion(normed)).square()
-        pooled = torch.matmul(relations.members, opinions.flatten(2))
-        potentials = self.potential(pooled.view(batch, cages, size, -1))
-        potentials = potentials.view(batch, cages, size * NUM_LEVELS, self.num_heads)
-        scores = torch.matmul(relations.ways, potentials)
-        scores = scores.masked_fill(~relations.is_way[..., None], _FORBIDDEN)
-        shares = torch.matmul(relations.ways.transpose(2, 3), scores.softmax(dim=2))
-        heard = torch.matmul(relations.members.transpose(1, 2), shares.flatten(2))
+        pooled = torch.matmul(cages.members, opinions.flatten(2))
+        potentials = self.potential(pooled.view(batch, num_cages, size, -1))
+        potentials = potentials.view(
+            batch, num_cages, size * NUM_LEVELS, self.num_heads
+        )
+        scores = torch.matmul(cages.ways, potentials)
+        scores = scores.masked_fill(~cages.is_way[..., None], _FORBIDDEN)
+        shares = torch.matmul(cages.ways.transpose(2, 3), scores.softmax(dim=2))
+        heard = torch.matmul(cages.members.transpose(1, 2), shares.flatten(2))
         return heard.view(batch, length, size, NUM_LEVELS * self.num_heads)
 
 
@@ -304,12 +305,12 @@ class Block(nn.Module):
         nn.init.zeros_(self.down.weight)
         nn.init.zeros_(self.down.bias)
 
-    def forward(self, state: Tensor, relations: Relations, barred: Tensor) -> Tensor:
+    def forward(self, state: Tensor, cages: CageWays, barred: Tensor) -> Tensor:
         """Run the block.
 
         Args:
             state: [B, L, n, c].
-            relations: What the clues say.
+            cages: What they can be filled with.
             barred: [B, 3, 1, L, L], added to scores: who does not see whom.
 
         Returns:
@@ -321,7 +322,7 @@ class Block(nn.Module):
         row, column, cage = self._attend(normed, line, cage, barred)
         heard = torch.cat([row + column, (row - column).abs(), cage], dim=-1)
         hidden = self.up(normed) + self.up_heard(heard)
-        hidden = hidden + self.up_clue(self.clue(normed, relations))
+        hidden = hidden + self.up_clue(self.clue(normed, cages))
         hidden = hidden + self.up_cell(cell.mean(dim=2, keepdim=True))
         change: Tensor = self.down(functional.relu(hidden).square())
         return state + change

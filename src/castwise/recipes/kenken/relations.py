@@ -43,7 +43,12 @@ _MOST_WAYS = 1024
 
 
 class Relations(NamedTuple):
-    """The relations of B puzzles with L = n * n cells, C cages and W ways at most."""
+    """The relations of B puzzles with L = n * n cells and C cages.
+
+    Puzzles of a batch share most of their clues. The ways of the D different ones, W at
+    most, stand here once; spelled out for every cage of 809 puzzles of size 9 they
+    would be half a gigabyte, which only the device of the model has to see.
+    """
 
     support: Tensor
     """fp32 [B, L, n]: chance of each rank by the cell's own clue."""
@@ -54,17 +59,52 @@ class Relations(NamedTuple):
     members: Tensor
     """fp32 [B, C, L]: 1 for the cells of a cage that has a clue."""
 
-    ways: Tensor
-    """fp32 [B, C, W, n * NUM_LEVELS]: 1 where the way holds the rank so often."""
-
-    is_way: Tensor
-    """bool [B, C, W]: false behind the last way of a clue."""
+    clues: Tensor
+    """int64 [B, C]: which of the different clues a cage has."""
 
     operations: Tensor
     """int64 [B, L]: operation code of the cell's clue, 0 without one."""
 
     num_mates: Tensor
     """int64 [B, L]: other cells of the same cage."""
+
+    ways: Tensor
+    """fp32 [D, W, n * NUM_LEVELS]: 1 where the way holds the rank so often."""
+
+    is_way: Tensor
+    """bool [D, W]: false behind the last way of a clue."""
+
+    def select(self, rows: Tensor | slice) -> Relations:
+        """Keep some puzzles: int64 rows, a bool mask [B], or a slice."""
+        per_puzzle = self._asdict()
+        shared = {name: per_puzzle.pop(name) for name in _SHARED}
+        return Relations(
+            **{name: tensor[rows] for name, tensor in per_puzzle.items()}, **shared
+        )
+
+    def by_cage(self) -> CageWays:
+        """Spell out the ways of every cage, on the device where they are."""
+        return CageWays(
+            members=self.members,
+            ways=self.ways[self.clues],
+            is_way=self.is_way[self.clues],
+        )
+
+
+_SHARED = ("ways", "is_way")
+
+
+class CageWays(NamedTuple):
+    """What the cages of B puzzles can be filled with."""
+
+    members: Tensor
+    """fp32 [B, C, L]: 1 for the cells of a cage that has a clue."""
+
+    ways: Tensor
+    """fp32 [B, C, W, n * NUM_LEVELS]: 1 where the way holds the rank so often."""
+
+    is_way: Tensor
+    """bool [B, C, W]: false behind the last way of a clue."""
 
 
 class Clue(NamedTuple):
@@ -175,6 +215,24 @@ def _cage_shapes(
     return member.sum(axis=1), np.minimum(rows, columns)
 
 
+def _distinct(
+    columns: tuple[NDArray[np.int64], ...],
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Find the different rows of some columns.
+
+    Args:
+        columns: int64 [B, C] each; all but the third are small and not negative.
+
+    Returns:
+        int64 [D, 5], and int64 [B, C]: which of them each place has.
+    """
+    mode, operation, target, num_cells, repeats = columns
+    key = (target << 28) | (num_cells << 18) | (repeats << 8) | (operation << 4) | mode
+    _, first, which = np.unique(key.ravel(), return_index=True, return_inverse=True)
+    distinct = np.stack([column.ravel()[first] for column in columns], axis=1)
+    return distinct, which.reshape(key.shape)
+
+
 def relate(
     modes: NDArray[np.int64],
     cage_ids: NDArray[np.int64],
@@ -192,8 +250,8 @@ def relate(
     Returns:
         The relations, on the CPU.
     """
-    batch, length = cage_ids.shape
-    size, num_cages = math.isqrt(length), cage_ops.shape[1]
+    length, num_cages = cage_ids.shape[1], cage_ops.shape[1]
+    size = math.isqrt(length)
     num_cells, repeats = _cage_shapes(cage_ids, num_cages)
     columns = (
         np.broadcast_to(modes[:, None], cage_ops.shape),
@@ -202,13 +260,11 @@ def relate(
         num_cells,
         repeats,
     )
-    clues = np.stack([column.ravel() for column in columns], axis=1)
-    distinct, which = np.unique(clues, axis=0, return_inverse=True)
+    distinct, which = _distinct(columns)
     read = [
         read_clue(size, MODES[mode], *(int(value) for value in rest))
         for mode, *rest in distinct
     ]
-    which = which.reshape(batch, num_cages)
     own = np.take_along_axis(which, cage_ids, axis=1)
     operations = np.take_along_axis(cage_ops, cage_ids, axis=1)
     caged = operations != OP_NONE
@@ -220,8 +276,9 @@ def relate(
         support=torch.from_numpy(np.stack([clue.support for clue in read])[own]),
         mates=torch.from_numpy(mates),
         members=torch.from_numpy(member.astype(np.float32)),
-        ways=torch.from_numpy(ways[which]),
-        is_way=torch.from_numpy(is_way[which]),
+        clues=torch.from_numpy(which),
         operations=torch.from_numpy(operations),
         num_mates=torch.from_numpy(mates.sum(axis=2)),
+        ways=torch.from_numpy(ways),
+        is_way=torch.from_numpy(is_way),
     )
