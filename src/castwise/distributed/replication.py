@@ -10,6 +10,12 @@ the policy's `reduce` says another one, a hook casts them before they travel and
 when they arrive: halved traffic for `r=bf16`, and a fp32 sum for weights in bf16. A
 bucket in which formats mix, because an island is in it, goes round in one message for
 each format. Formats are those of `formats.reduced_in`.
+
+`compress` makes gradients smaller than the policy asks for (`compression`). What that
+has to remember from step to step belongs into checkpoints:
+
+    feedback = feedback_of(ddp)
+    saved = feedback.state_dict() if feedback else None
 """
 
 from __future__ import annotations
@@ -17,17 +23,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from castwise.distributed.formats import reduced_in
+from castwise.distributed.compression import Compression
+from castwise.distributed.formats import bits_of, reduced_in
+from castwise.distributed.low_rank import LowRank, Travel
 from castwise.dtypes import dtype_of
 from castwise.errors import SettingsError
 from castwise.islands import module_facts
 from castwise.islands.layout import governing_fqn
 from castwise.policy.bound import BoundPolicy
+from castwise.policy.precision import Precision
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -35,11 +45,17 @@ if TYPE_CHECKING:
     from torch import nn
     from torch._C._distributed_c10d import GradBucket
 
+    from castwise.loss_scale import LossScale
     from castwise.policy.rules import Policy
 
 
 def replicate(
-    model: nn.Module, policy: Policy | BoundPolicy, **settings: Any
+    model: nn.Module,
+    policy: Policy | BoundPolicy,
+    *,
+    compress: str | Compression = "reduce",
+    loss_scale: LossScale | None = None,
+    **settings: Any,
 ) -> DistributedDataParallel:
     """Wrap a model in DDP that sums gradients in the formats of a policy.
 
@@ -47,10 +63,15 @@ def replicate(
         model: Any module tree whose weights have their formats already: after
             `prepare`, or in fp32 under a policy that holds fp32.
         policy: What gradients are summed in.
+        compress: How gradients are made smaller: `reduce` (as the policy says), `bf16`,
+            `fp16`, or `powersgd:rank=4`.
+        loss_scale: What the loss is multiplied by, `run.loss_scale`; powersgd needs it
+            where there is one.
         settings: For `DistributedDataParallel`.
 
     Raises:
-        SettingsError: No process group is there, or a weight will change its format.
+        SettingsError: No process group is there, a weight will change its format, or
+            gradients cannot be compressed so.
         UnmatchedRuleError: A rule matches nothing in the model.
     """
     if not distributed.is_initialized():
@@ -61,12 +82,34 @@ def replicate(
     bound = (
         policy if isinstance(policy, BoundPolicy) else policy.bind(module_facts(model))
     )
+    compression = (
+        compress if isinstance(compress, Compression) else Compression.parse(compress)
+    )
+    if compression.method in ("bf16", "fp16"):
+        narrow = Precision(reduce=compression.method).over(bound.policy.default)
+        bound = bound.policy.with_default(narrow).bind(module_facts(model))
     formats = _formats(model, bound)
+    if compression.method == "powersgd":
+        _refuse_unknown_scale(bound, loss_scale)
     ddp = DistributedDataParallel(model, **settings)
-    if any(weight.dtype is not each for weight, each in formats.items()):
+    if compression.method == "powersgd":
+        feedback = LowRank(
+            _travels(model, bound, formats), compression, ddp.process_group, loss_scale
+        )
+        ddp.register_comm_hook(feedback, lambda state, bucket: state.hook(bucket))
+        _FEEDBACK[ddp] = feedback
+    elif any(weight.dtype is not each for weight, each in formats.items()):
         state = _Reduction(formats=formats, group=ddp.process_group)
         ddp.register_comm_hook(state, lambda state, bucket: _reduce(state, bucket))  # noqa: PLW0108 -- DDP reads annotations, and refuses postponed ones
     return ddp
+
+
+def feedback_of(ddp: DistributedDataParallel) -> LowRank | None:
+    """Return what compression remembers of a model, for checkpoints; often nothing."""
+    return _FEEDBACK.get(ddp)
+
+
+_FEEDBACK: WeakKeyDictionary[DistributedDataParallel, LowRank] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,6 +139,30 @@ def _formats(model: nn.Module, bound: BoundPolicy) -> dict[torch.Tensor, torch.d
             )
         found[weight] = dtype_of(reduced_in(owner, bound))
     return found
+
+
+def _travels(
+    model: nn.Module, bound: BoundPolicy, formats: Mapping[torch.Tensor, torch.dtype]
+) -> dict[torch.Tensor, Travel]:
+    """How each gradient goes round; whole, where the policy computes in more digits."""
+    usual = str(bound.policy.base_precision().compute)
+    found: dict[torch.Tensor, Travel] = {}
+    for name, weight in model.named_parameters():
+        own = str(bound.precision_of(governing_fqn(name.rpartition(".")[0])).compute)
+        found[weight] = Travel(
+            name=name,
+            format=formats[weight],
+            may_shrink=weight.is_floating_point() and bits_of(own) <= bits_of(usual),
+        )
+    return found
+
+
+def _refuse_unknown_scale(bound: BoundPolicy, loss_scale: LossScale | None) -> None:
+    if loss_scale is None and bound.policy.decide_loss_scale().value != "none":
+        raise SettingsError(
+            f"{bound.policy.name} multiplies the loss by a scale, and powersgd keeps "
+            "what it has not sent without it; give loss_scale=run.loss_scale"
+        )
 
 
 def _reduce(

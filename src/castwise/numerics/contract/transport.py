@@ -24,7 +24,10 @@ _CARRIERS = {
         str(_FSDP / f"_fsdp_{name}.py")
         for name in ("collectives", "param", "param_group")
     ),
-    str(Path(__file__).parents[1] / "distributed" / "replication.py"),
+    *(
+        str(Path(__file__).parents[2] / "distributed" / f"{name}.py")
+        for name in ("replication", "low_rank")
+    ),
 }
 
 
