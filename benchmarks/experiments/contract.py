@@ -95,7 +95,10 @@ class Experiment(ABC):
     """What is compared."""
 
     num_seeds: ClassVar[int] = 1
-    """Seeds of every arm, from 0."""
+    """Seeds of every arm."""
+
+    first_seed: ClassVar[int] = 0
+    """The first of them: none that anyone looked at while the design was made."""
 
     settings: ClassVar[Mapping[str, Any]] = {}
     """Every number that changes what a trial gives."""
@@ -118,7 +121,9 @@ class Experiment(ABC):
         """List what has to run, seed by seed, so that pairs are complete early."""
         return [
             Trial(experiment=self.name, arm=arm, seed=seed)
-            for seed in range(num_seeds or self.num_seeds)
+            for seed in range(
+                self.first_seed, self.first_seed + (num_seeds or self.num_seeds)
+            )
             for arm in self.arms
         ]
 

@@ -52,12 +52,15 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(value=mean, interval=around(0.95), narrow=around(0.9), num=num)
 
 
-def paired(results: Results, first: str, second: str, value: str) -> Estimate:
-    """Estimate `first` minus `second` over the seeds that both have."""
+def paired(
+    results: Results, first: str, second: str, value: str, *, share: float = 1.0
+) -> Estimate:
+    """Estimate `first` minus a share of `second` over the seeds that both have."""
     seeds = sorted(results[first].keys() & results[second].keys())
     return estimate(
         [
-            float(results[first][seed][value]) - float(results[second][seed][value])
+            float(results[first][seed][value])
+            - share * float(results[second][seed][value])
             for seed in seeds
         ]
     )

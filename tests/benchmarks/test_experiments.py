@@ -26,6 +26,7 @@ from experiments.a5_mode_stages import (
     SQUARES,
     ModeStages,
 )
+from experiments.a6_fill_stages import FillStages
 from experiments.contract import Check, Experiment, Results, frozen_thresholds
 from experiments.record import RecordFile
 from experiments.registry import EXPERIMENTS
@@ -70,6 +71,14 @@ def test_differences_are_paired_by_seed() -> None:
     results = {"a": {0: {"x": 1.0}, 2: {"x": 5.0}}, "b": {2: {"x": 3.0}, 1: {"x": 9.0}}}
     found = paired(results, "a", "b", "x")
     assert (found.value, found.num) == (2.0, 1)
+    assert paired(results, "a", "b", "x", share=0.5).value == 3.5
+
+
+def test_seeds_that_were_looked_at_can_be_left_out() -> None:
+    """Trials begin at the first seed, and fewer seeds begin there too."""
+    fills = EXPERIMENTS["A6"]
+    assert {trial.seed for trial in fills.trials()} == set(range(20, 30))
+    assert {trial.seed for trial in fills.trials(1)} == {20}
 
 
 # --- verdicts: what is bad must be called bad
@@ -137,6 +146,30 @@ def test_mode_stages_hold_where_they_should() -> None:
 def test_mode_stages_that_miss_are_told(changes: dict[str, float], word: str) -> None:
     """No gain, a loss, and controls that do not come out: each is named."""
     assert any(word in name for name in judged_modes(**changes))
+
+
+def judged_fills(*, distinct: float = 0.43, **changes: float) -> set[str]:
+    """Judge A6 on made-up results."""
+    means = {"default": 0.8, "target only": 0.0, "uniform": 0.8} | changes
+    results: Results = {
+        arm: {
+            seed: {
+                "valid_made": valid,
+                "distinct_made": distinct if arm == "default" else 0.43,
+            }
+            for seed, valid in enumerate(around(mean))
+        }
+        for arm, mean in {**means, "first description": 0.7}.items()
+    }
+    return missed(FillStages().judge(results, LIMITS["A6"]))
+
+
+def test_fill_stages_hold_where_they_should_and_miss_by_name() -> None:
+    """No gain, a loss, and squares that are all alike: each is told."""
+    assert judged_fills() == set()
+    assert any("target only" in name for name in judged_fills(default=0.25))
+    assert any("minus uniform" in name for name in judged_fills(default=0.7))
+    assert any("different" in name for name in judged_fills(distinct=0.37))
 
 
 def formats(fp16: float, control: float) -> Results:
