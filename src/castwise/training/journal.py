@@ -67,12 +67,19 @@ class Journal:
         folder: Created when needed.
         tensorboard: Whether to write events below `folder/tensorboard` too.
             Default: True.
+        writes: Whether anything is written; of several processes only one should.
+            Default: True.
     """
 
     def __init__(
-        self, folder: str | os.PathLike[str], *, tensorboard: bool = True
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        tensorboard: bool = True,
+        writes: bool = True,
     ) -> None:
         self._folder = Path(folder)
+        self._writes = writes
         self._tensorboard = tensorboard
         self._file: IO[bytes] | None = None
         self._events: SummaryWriter | None = None
@@ -104,6 +111,8 @@ class Journal:
             SettingsError: A value has a name of the journal's own, or is no plain data.
             StorageError: The disk is full or the folder cannot be written.
         """
+        if not self._writes:
+            return
         plain = {name: _plain(name, value) for name, value in values.items()}
         for name in _FIELDS:
             if name in plain:
@@ -136,7 +145,7 @@ class Journal:
         """
         self.close()
         self._purge_step = step + 1
-        if not self.path.exists():
+        if not self._writes or not self.path.exists():
             return
         lines = _whole_lines(self.path)
         kept = [

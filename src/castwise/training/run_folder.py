@@ -47,19 +47,27 @@ def newest_run(parent: Path) -> Path | None:
     return max(numbered, key=lambda path: int(path.name), default=None)
 
 
-def open_run_folder(*, out: Path | None, parent: Path, resume: bool) -> RunFolder:
+def open_run_folder(
+    *, out: Path | None, parent: Path, resume: bool, again: bool = False
+) -> RunFolder:
     """Return a folder to write to, or the one to go on in.
 
     Args:
         out: The folder that the user named, or None for a numbered one below `parent`.
         parent: Where numbered runs stand, for example `runs/kenken`.
         resume: Whether to go on with the run that stands there.
+        again: Whether the same command was started anew after it had been killed:
+            goes on where there is a checkpoint, and begins anew where there is none
+            (default: False).
 
     Raises:
         SettingsError: If `out` holds a run and `resume` was not asked for.
         CheckpointError: If `resume` was asked for and there is nothing to go on with.
         StorageError: If the folder cannot be made or written.
     """
+    if again and out is not None:
+        _make_writable(out)
+        return RunFolder(path=out, resuming=_holds_checkpoints(out))
     if resume:
         path = out if out is not None else newest_run(parent)
         if path is None or not _holds_checkpoints(path):
@@ -88,7 +96,8 @@ def _next_number(parent: Path) -> Path:
 
 def _holds_checkpoints(path: Path) -> bool:
     folder = path / "checkpoints"
-    return folder.is_dir() and any(folder.iterdir())
+    # What a killed writer left half begins with a dot.
+    return folder.is_dir() and any(each.name[0] != "." for each in folder.iterdir())
 
 
 def _make_writable(path: Path) -> None:

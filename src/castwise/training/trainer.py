@@ -43,7 +43,9 @@ from castwise.training.schedule import WarmupStableDecay
 from castwise.training.sentinel import RolledBack, Sentinel
 from castwise.training.step import Run, Skipped, Stepped
 from castwise.training.stepping import Stepping
+from castwise.training.strategy import Strategy
 from castwise.training.trace_table import DATA, span_of
+from castwise.training.unison import first_proposal
 
 MIB = 2**20
 
@@ -108,6 +110,10 @@ class Task(ABC):
     @abstractmethod
     def loss(self, batch: Any) -> BatchLoss:
         """Run the model forward on a batch; called inside an open step."""
+
+    def loss_alone(self, batch: Any) -> BatchLoss:
+        """Run forward once more in this process alone, to explain a skipped step."""
+        return self.loss(batch)
 
     def evaluate(self, step: int) -> Mapping[str, float]:
         """Measure the model after `step` updates; called with averaged weights."""
@@ -191,6 +197,8 @@ class Trainer:
         sentinel: Takes bad steps back and promotes modules; none for plain steps.
         stepping: Makes the steps, and keeps the averages, in a way of its own; none
             for plain steps.
+        strategy: How the run is spread over processes; each has a trainer, and all
+            do the same. Default: one process.
     """
 
     def __init__(
@@ -209,6 +217,7 @@ class Trainer:
         score: str | None = None,
         sentinel: Sentinel | None = None,
         stepping: Stepping | None = None,
+        strategy: Strategy | None = None,
     ) -> None:
         if sentinel is not None and stepping is not None:
             raise SettingsError(
@@ -218,6 +227,7 @@ class Trainer:
         self._run = run
         self._sentinel = sentinel
         self._stepping = stepping
+        self._strategy = strategy or Strategy()
         self._task = task
         self._schedule = schedule
         self._averages = averages
@@ -249,12 +259,24 @@ class Trainer:
             self._sentinel.load_state_dict(tree["sentinel"])
         if self._stepping is not None:
             self._stepping.load_state_dict(tree["stepping"])
-        restore_random_states(tree["random"])
+        self._restore_random_states(tree["random"])
         position = tree["position"]
         self._progress.step = position["step"]
         self._progress.num_skipped = position["num_skipped"]
         self._progress.seconds_before = position["train_seconds"]
         self._journal.rewind(position["step"])
+
+    def _restore_random_states(self, stored: Any) -> None:
+        """Put back the states of this rank; one that was not there begins anew."""
+        by_rank = stored if isinstance(stored, list) else [stored]
+        rank = self._strategy.ranks.rank
+        if rank < len(by_rank):
+            restore_random_states(by_rank[rank])
+
+    def _random_states(self) -> Any:
+        """Return the random states: of this process, or of every rank in a list."""
+        by_rank = self._strategy.gathered(capture_random_states())
+        return by_rank[0] if len(by_rank) == 1 else by_rank
 
     def _refuse_other_weights(self, stored: Mapping[str, Tensor]) -> None:
         held = self._run.model.state_dict()
@@ -272,14 +294,16 @@ class Trainer:
         """Train to the last step or to a signal; either way a checkpoint stands."""
         self._progress.started = time.perf_counter()
         self._monitor.reset_peak()
+        stopped: str | None = None
         with _caught_signals() as caught:
-            while self._progress.step < self._settings.num_steps and not caught:
+            while self._progress.step < self._settings.num_steps and stopped is None:
                 self._one_step()
-                self._after_step(stopping=bool(caught))
+                stopped = self._agreed_stop(caught)
+                self._after_step(stopping=stopped is not None)
         return FitResult(
             num_steps=self._progress.step,
             finished=self._progress.step >= self._settings.num_steps,
-            stopped_by=caught[0] if caught else None,
+            stopped_by=stopped,
             train_seconds=self._progress.seconds(),
             step_seconds=(
                 statistics.median(self._progress.step_seconds)
@@ -287,6 +311,11 @@ class Trainer:
                 else float("nan")
             ),
         )
+
+    def _agreed_stop(self, caught: Sequence[str]) -> str | None:
+        """Return the signal to stop for; a signal to one rank stops all at one step."""
+        own = caught[0] if caught else None
+        return own if self._strategy.ranks.num_ranks == 1 else first_proposal(own)
 
     def _one_step(self) -> None:
         started = time.perf_counter()
@@ -336,7 +365,7 @@ class Trainer:
         return batch
 
     def _plain_step(self, step: int) -> tuple[BatchLoss, Stepped | Skipped]:
-        open_step = self._run.step(again=lambda: self._task.loss(batch).value)
+        open_step = self._run.step(again=lambda: self._task.loss_alone(batch).value)
         try:
             with open_step:
                 batch = self._batch(step)
@@ -371,9 +400,16 @@ class Trainer:
         self._progress.num_skipped += 1
         names = ("because", "parameter", "op", "module", "stage", "kind", "where")
         all_names = (*names, "scale", "gone_at")
-        values = {name: getattr(outcome, name, None) for name in all_names}
+        values: dict[str, Any] = {
+            name: getattr(outcome, name, None) for name in all_names
+        }
+        ranks = self._strategy.ranks
+        if ranks.num_ranks > 1:  # all skip; whoever saw why in its own rows tells it
+            own: dict[str, Any] | None = {**values, "rank": ranks.rank}
+            told = first_proposal(None if values["stage"] is None else own)
+            values = told or values
         self._journal.write("skip", step + 1, values)
-        self._display.note(f"step {step + 1} skipped: {outcome.because}")
+        self._display.note(f"step {step + 1} skipped: {values['because']}")
 
     def _after_step(self, *, stopping: bool) -> None:
         last = self._progress.step == self._settings.num_steps
@@ -381,7 +417,9 @@ class Trainer:
         if self._due(self._settings.evaluate_every) or last:
             self._end_epoch()
         if self._due(self._settings.checkpoint_every) or last or stopping:
-            self._shelf.save(self._progress.step, self._tree(), score=self._score)
+            tree = self._tree()
+            if self._strategy.ranks.is_first:
+                self._shelf.save(self._progress.step, tree, score=self._score)
 
     def _due(self, every: int) -> bool:
         return self._progress.step % every == 0
@@ -392,10 +430,12 @@ class Trainer:
         window = max(now - progress.window_started, 1e-9)
         recent = progress.step_seconds[-self._settings.log_every :]
         waited = progress.data_seconds[-len(recent) :]
+        mine = {"loss": loss.value.detach(), **loss.measures}
         values: dict[str, str | float] = {
-            "loss": float(loss.value.detach()),
-            **{name: float(value) for name, value in loss.measures.items()},
-            f"{self._task.unit}_per_s": progress.num_units / window,
+            **self._strategy.means({name: float(each) for name, each in mine.items()}),
+            f"{self._task.unit}_per_s": (
+                progress.num_units * self._strategy.ranks.num_ranks / window
+            ),
             "step_ms": 1e3 * statistics.median(recent),
             "data_share": sum(waited) / sum(recent),
             "learning_rate": float(self._run.optimizer.param_groups[0]["lr"]),
@@ -419,7 +459,7 @@ class Trainer:
         self._monitor.reset_peak()
         started = time.perf_counter()
         with self._averages.in_place_of_weights():
-            measures = dict(self._task.evaluate(progress.step))
+            measures = self._strategy.agreed(self._task.evaluate(progress.step))
         if self._score_name is not None:
             self._score = measures.get(self._score_name)
         values = {
@@ -453,7 +493,7 @@ class Trainer:
             "run": self._run.state_dict(),
             "averages": self._averages.state_dict(),
             "task": self._task.state_dict(),
-            "random": capture_random_states(),
+            "random": self._random_states(),
             **(
                 {}
                 if self._sentinel is None

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from castwise.distributed.ranks import Ranks
+
 UNKNOWN = -1
 """The rank of an answer that nobody has given."""
 
@@ -67,6 +69,9 @@ class PuzzleBatch:
     answers: Tensor
     """int64 [B, L]: ranks of the solution, UNKNOWN where nobody knows it."""
 
+    share: float = 1.0
+    """What the mean of these puzzles counts for, beside those of other processes."""
+
     def __len__(self) -> int:
         return len(self.tokens)
 
@@ -87,6 +92,24 @@ class PuzzleBatch:
             relations=self.relations.select(rows),
             **{name: getattr(self, name)[rows] for name in _TENSORS},
         )
+
+    def part(self, ranks: Ranks) -> PuzzleBatch:
+        """Keep the puzzles of one process among several that share this batch.
+
+        Its `share` is such that the mean over ranks of `share * mean over own cells` is
+        the mean over all hidden cells, however many each rank has.
+        """
+        if ranks.num_ranks == 1:
+            return self
+        if len(self) < ranks.num_ranks:
+            raise SettingsError(
+                f"{ranks.num_ranks} processes need a puzzle each, and a batch has "
+                f"{len(self)} of size {self.size}; start fewer, or raise cells_per_step"
+            )
+        own = self.select(ranks.part(len(self)))
+        hidden = max(1, int(self.hidden.sum()))
+        share = int(own.hidden.sum()) * ranks.num_ranks / hidden
+        return replace(own, share=share)
 
     def with_tokens(self, tokens: Tensor) -> PuzzleBatch:
         """Show other cells of the same puzzles."""

@@ -63,6 +63,7 @@ def close(
     folder: RunFolder,
     journal: Journal,
     console: Console,
+    writes: bool = True,
 ) -> None:
     """Measure, draw one puzzle, write the report, and say how it went.
 
@@ -75,11 +76,15 @@ def close(
         folder: Where the report goes.
         journal: Gets one line with the final figures.
         console: Where a person reads.
+        writes: Whether to write the report; of several processes only one does
+            (default: True).
     """
     with console.status("measuring"):
         rows = measure_all(task, supply, settings)
         puzzle, found = solve_one(task, supply, settings)
     journal.write("final", result.num_steps, final_values(rows))
+    if not writes:
+        return
     evidence = Evidence(
         settings=settings,
         facts=facts,

@@ -63,6 +63,11 @@ CHANGES = (
     "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
 )
 @click.option(
+    "--strategy",
+    type=click.Choice(["ddp", "fsdp"]),
+    help="Over the processes of torchrun.  [default: one process]",
+)
+@click.option(
     "--out",
     type=click.Path(path_type=Path),
     help="Folder of the run.  [default: runs/kenken/NNN]",
@@ -187,6 +192,7 @@ def train(**flags: Any) -> int:
             sentinel=flags["sentinel"],
             recompute=flags["recompute"],
             profile=flags["profile"],
+            strategy=flags["strategy"],
         ),
     )
 

@@ -23,6 +23,7 @@ from rich.console import Console
 import castwise
 from castwise.checkpoints import CheckpointShelf, refuse_contradictions
 from castwise.decision import Decision
+from castwise.distributed.ranks import first_before_others
 from castwise.errors import CheckpointError, SettingsError
 from castwise.hybrid import HybridSettings
 from castwise.memory.monitor import MemoryMonitor
@@ -40,6 +41,7 @@ from castwise.recipes.kenken.settings import KenKenSettings, settings_of
 from castwise.recipes.kenken.solver import KIND
 from castwise.recipes.kenken.supply import Supply, default_folder, open_supply
 from castwise.recipes.kenken.task import SCORE, KenKenTask
+from castwise.recipes.launch import Launch, open_launch
 from castwise.recipes.optimizer_choice import (
     OptimizerChoice,
     build_optimizer,
@@ -50,11 +52,10 @@ from castwise.recipes.precision_choice import PrecisionChoice
 from castwise.recipes.profile_story import journaled_profile
 from castwise.recipes.watch_story import journaled_watch
 from castwise.training.averages import Averages, ExponentialAverage, NoAverages
-from castwise.training.display import open_display
 from castwise.training.journal import Journal
 from castwise.training.profile import StepWindow
 from castwise.training.random_state import seed_everything
-from castwise.training.run_folder import RunFolder, open_run_folder
+from castwise.training.run_folder import RunFolder
 from castwise.training.schedule import WarmupStableDecay
 from castwise.training.sentinel import Sentinel
 from castwise.training.step import Run
@@ -99,6 +100,9 @@ class Place:
 
     recompute: bool = False
     """Whether blocks run again in the backward pass; no bit depends on it."""
+
+    strategy: str | None = None
+    """ddp or fsdp over the processes of torchrun, or None for one process."""
 
     profile: str | None = None
     """Which steps are profiled, `FIRST:COUNT`, or None for none."""
@@ -155,13 +159,31 @@ def train(
     Raises:
         CastwiseError: For every mistake in a flag, a file or a folder.
     """
-    console = Console()
+    with open_launch(
+        asked=place.strategy, device=choose_device(place.device)
+    ) as launch:
+        return _train(preset, changes, choice, optimizer, hybrid, place, launch)
+
+
+def _train(
+    preset: str | None,
+    changes: Mapping[str, Any],
+    choice: PrecisionChoice,
+    optimizer: OptimizerChoice,
+    hybrid: HybridChoice,
+    place: Place,
+    launch: Launch,
+) -> int:
+    console = launch.console
     window = None if place.profile is None else StepWindow.parse(place.profile)
-    folder = open_run_folder(out=place.out, parent=place.runs, resume=place.resume)
+    folder = launch.open_folder(out=place.out, parent=place.runs, resume=place.resume)
     shelf = CheckpointShelf(
-        folder=folder.checkpoints, kind=KIND, keep_last=place.keep_last
+        folder=folder.checkpoints,
+        kind=KIND,
+        keep_last=place.keep_last,
     )
-    plan = _plan(preset, changes, choice, optimizer, hybrid, place, folder, shelf)
+    plan = _plan(preset, changes, choice, optimizer, hybrid, launch, folder, shelf)
+    launch.refuse_phases(plan.hybrid)
     if plan.hybrid is not None and place.sentinel:
         raise SettingsError(
             "--sentinel repeats steps and --hybrid takes landings back by itself; keep "
@@ -170,9 +192,11 @@ def train(
     if place.num_threads is not None:
         torch.set_num_threads(place.num_threads)
     with ExitStack() as stack:
-        supply = _open_supply(plan, place, console)
+        supply = first_before_others(
+            launch.ranks, lambda: _open_supply(plan, place, console)
+        )
         built = _build(
-            plan, supply, folder, shelf, stack, console, guarded=place.sentinel
+            plan, supply, folder, shelf, stack, launch, guarded=place.sentinel
         )
         if place.recompute and not built.task.model.settings.recompute:
             console.print(recompute(built.task.model).summary(), highlight=False)
@@ -187,7 +211,7 @@ def train(
                 )
             )
         profile = None
-        if window is not None:
+        if window is not None and launch.ranks.is_first:
             profile = stack.enter_context(
                 journaled_profile(
                     built.run,
@@ -210,7 +234,12 @@ def train(
             soft_wrap=True,
         )
         return SIGNAL_CODES[result.stopped_by]
-    with built.averages.in_place_of_weights(), Journal(folder.path) as journal:
+    if not launch.strategy.takes_part:
+        return 0
+    with (
+        built.averages.in_place_of_weights(),
+        launch.open_journal(folder) as journal,
+    ):
         built.made.tell(journal, result.num_steps)
         closing.close(
             task=built.task,
@@ -221,6 +250,7 @@ def train(
             folder=folder,
             journal=journal,
             console=console,
+            writes=launch.ranks.is_first,
         )
     return 0
 
@@ -231,12 +261,12 @@ def _plan(
     choice: PrecisionChoice,
     optimizer: OptimizerChoice,
     hybrid: HybridChoice,
-    place: Place,
+    launch: Launch,
     folder: RunFolder,
     shelf: CheckpointShelf,
 ) -> Plan:
     """Take settings and policy from the flags, or from the checkpoint to resume."""
-    device = choose_device(place.device)
+    device = launch.device
     if not folder.resuming:
         settings = settings_of(preset or "small", changes)
         curriculum_of(settings)  # refused before anything is made
@@ -379,13 +409,18 @@ def _build(
     folder: RunFolder,
     shelf: CheckpointShelf,
     stack: ExitStack,
-    console: Console,
+    launch: Launch,
     *,
     guarded: bool,
 ) -> Built:
-    settings, device = plan.settings, plan.device.value
+    settings, device, strategy = plan.settings, plan.device.value, launch.strategy
     seed_everything(settings.seed)
     model = KenKenModel(model_settings(settings.model)).to(device)
+    # Blocks run many times in one forward: gradients of weights that travel in 16 bits
+    # would be added up in 16 bits.
+    strategy.shard(
+        model, plan.policy.value, device, fallback=plan.fallback, gather="stored"
+    )
     optimizer = build_optimizer(
         plan.optimizer.value,
         decay_groups(model, settings.weight_decay),
@@ -416,12 +451,13 @@ def _build(
         settings=settings,
         device=device,
         curriculum=curriculum_of(settings),
+        strategy=strategy,
     )
     census = _census(run, task)
-    facts = _facts(plan, supply, run, census)
-    journal = stack.enter_context(Journal(folder.path))
+    facts = {**_facts(plan, supply, run, census), **launch.facts()}
+    journal = stack.enter_context(launch.open_journal(folder))
     display = stack.enter_context(
-        open_display(settings.num_steps, "castwise train kenken")
+        launch.open_display(settings.num_steps, "castwise train kenken")
     )
     trainer = Trainer(
         run=run,
@@ -445,9 +481,10 @@ def _build(
         score=SCORE,
         sentinel=Sentinel(run) if guarded else None,
         stepping=made.stepping(task, averages),
+        strategy=strategy,
     )
     if plan.tree is not None:
-        _tell_changes(plan.tree["facts"], facts, console)
+        _tell_changes(plan.tree["facts"], facts, launch.console)
         trainer.resume(plan.tree)
     return Built(
         trainer=trainer,
@@ -511,7 +548,9 @@ def _tell_changes(
     before: Mapping[str, Any], now: Mapping[str, Any], console: Console
 ) -> None:
     """Name what differs and may change the last bits, though it is allowed."""
-    for name in ("versions", "num_threads", "device", "data", "effective"):
+    before = {"strategy": "one", "num_ranks": 1, **before}  # earlier runs knew no other
+    names = ("versions", "num_threads", "device", "data", "effective")
+    for name in (*names, "strategy", "num_ranks"):
         if before[name] != now[name]:
             shown = "" if name in {"data", "effective"} else f": {before[name]} before"
             console.print(

@@ -13,6 +13,7 @@ from statistics import fmean
 from typing import Any, final
 
 import torch
+from torch import nn
 
 from castwise.recipes.kenken.alphabets import parse_mode
 from castwise.recipes.kenken.batches import Fill, Mixture, PuzzleBatch, draw_batch
@@ -36,6 +37,7 @@ from castwise.recipes.kenken.settings import KenKenSettings
 from castwise.recipes.kenken.supply import Supply
 from castwise.training.curriculum import Curriculum, Transition
 from castwise.training.step import Run
+from castwise.training.strategy import Strategy
 from castwise.training.trainer import BatchLoss, Task
 
 SCORE = SOLVED
@@ -69,6 +71,7 @@ class KenKenTask(Task):
         settings: Of the run.
         device: Where batches go.
         curriculum: Stages to walk through; without dimensions nothing changes.
+        strategy: How the run is spread over processes. Default: one process.
     """
 
     unit = "cells"
@@ -82,9 +85,12 @@ class KenKenTask(Task):
         settings: KenKenSettings,
         device: torch.device,
         curriculum: Curriculum | None = None,
+        strategy: Strategy | None = None,
     ) -> None:
         self._run = run
         self._model = model
+        self._strategy = strategy or Strategy()
+        self._forward = self._strategy.forward_of(model, run)
         self._supply = supply
         self._settings = settings
         self._curriculum = curriculum or Curriculum(())
@@ -92,21 +98,31 @@ class KenKenTask(Task):
         self._device = device
 
     def batch(self, step: int) -> PuzzleBatch:
-        """Draw the batch of a step."""
+        """Draw the batch of a step, and keep the puzzles of this process."""
         mixture = mixture_in_force(self._mixture, self._curriculum)
         drawn = draw_batch(
             self._supply.train, mixture, seed=self._settings.seed, step=step
         )
-        return drawn.to(self._device)
+        return drawn.part(self._strategy.ranks).to(self._device)
 
     def loss(self, batch: PuzzleBatch) -> BatchLoss:
         """Return the cross-entropy over hidden cells and loops."""
-        logits = self._model(batch.tokens, batch.alphabet, batch.relations)
+        return self._loss(self._forward, batch)
+
+    def loss_alone(self, batch: PuzzleBatch) -> BatchLoss:
+        """Return the same, without a word to other processes."""
+        return self._loss(self._model, batch)
+
+    def _loss(self, forward: nn.Module, batch: PuzzleBatch) -> BatchLoss:
+        logits = forward(batch.tokens, batch.alphabet, batch.relations)
         with torch.no_grad():
             right = (logits[-1].argmax(dim=-1) == batch.answers) & batch.hidden
             accuracy = right.sum() / batch.hidden.sum().clamp(min=1)
+        value = completion_loss(logits, batch)
+        if batch.share != 1.0:
+            value, accuracy = value * batch.share, accuracy * batch.share
         return BatchLoss(
-            value=completion_loss(logits, batch),
+            value=value,
             measures={"accuracy": accuracy},
             num_units=batch.tokens.numel(),
             samples=None if torch.is_grad_enabled() else puzzle_losses(logits, batch),

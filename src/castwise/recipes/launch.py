@@ -1,0 +1,162 @@
+"""How a recipe's run was launched: alone, or by `torchrun` under a strategy.
+
+    with open_launch(asked="ddp", device=choose_device("auto")) as launch:
+        folder = launch.open_folder(out=out, parent=runs, resume=False)
+        launch.console.print("said once, by rank 0")
+
+Whoever torchrun starts again after a killed worker (`--max-restarts`) goes on with the
+run that stands in `--out`, from its last checkpoint, or from the beginning where there
+is none yet.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from castwise.decision import Decision
+from castwise.distributed.ranks import Ranks, from_first, joined, launched
+from castwise.errors import SettingsError
+from castwise.hybrid import HybridSettings
+from castwise.training.display import Display, open_display
+from castwise.training.journal import Journal
+from castwise.training.run_folder import RunFolder, open_run_folder
+from castwise.training.strategy import Strategy
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Launch:
+    """One process of a run, and what it may say and write."""
+
+    strategy: Strategy
+    """How the run is spread over processes."""
+
+    device: Decision[torch.device]
+    """Where this process computes, and why."""
+
+    console: Console
+    """Where a person reads; silent but on rank 0."""
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes."""
+        return self.strategy.ranks
+
+    def open_folder(self, *, out: Path | None, parent: Path, resume: bool) -> RunFolder:
+        """Let rank 0 open the folder of the run; arguments as for `open_run_folder`.
+
+        Raises:
+            SettingsError: Processes may be started anew and could not find the run.
+            CastwiseError: As `open_run_folder`.
+        """
+        again = self.ranks.num_restarts > 0
+
+        def opened() -> RunFolder:
+            if out is None and may_restart():
+                raise SettingsError(
+                    "torchrun --max-restarts starts the same command again, which then "
+                    "has to find its run; name its folder with --out"
+                )
+            found = open_run_folder(out=out, parent=parent, resume=resume, again=again)
+            if again and not found.resuming:
+                Journal(found.path).rewind(0)  # no checkpoint: all is made anew
+            return found
+
+        return from_first(self.ranks, opened)
+
+    def open_journal(self, folder: RunFolder) -> Journal:
+        """Return the journal of the run, which rank 0 alone writes."""
+        return Journal(folder.path, writes=self.ranks.is_first)
+
+    def open_display(self, num_steps: int, title: str) -> Display:
+        """Return the one progress display of the run; none on other ranks."""
+        return open_display(num_steps, title, quiet=not self.ranks.is_first)
+
+    def refuse_phases(self, hybrid: HybridSettings | None) -> None:
+        """Refuse to train in phases on several processes.
+
+        Raises:
+            SettingsError: On rank 0; the others end without a word.
+        """
+        if hybrid is None or self.ranks.num_ranks == 1:
+            return
+
+        def refused() -> None:
+            raise SettingsError(
+                "--hybrid decides by what one process sees, and "
+                f"{self.ranks.num_ranks} were started; leave out --hybrid or --strategy"
+            )
+
+        from_first(self.ranks, refused)
+
+    def facts(self) -> dict[str, int | str]:
+        """Return what a checkpoint and the report say of it."""
+        return {"strategy": self.strategy.name, "num_ranks": self.ranks.num_ranks}
+
+
+@contextmanager
+def open_launch(
+    *, asked: str | None, device: Decision[torch.device]
+) -> Iterator[Launch]:
+    """Join the processes of the run for the length of a with-block.
+
+    Args:
+        asked: What `--strategy` says.
+        device: What `--device` says; of several GPUs each rank takes its own.
+
+    Raises:
+        SettingsError: There are several processes and no strategy, or the reverse.
+    """
+    ranks = launched()
+    if asked is not None and ranks is None:
+        raise SettingsError(
+            f"--strategy {asked} needs processes that train together; start them by "
+            "torchrun --nproc-per-node N -m castwise train ..."
+        )
+    strategy = _strategy(asked, ranks or Ranks())
+    own = _own_device(device, strategy)
+    console = Console(quiet=not strategy.ranks.is_first)
+    launch = Launch(strategy=strategy, device=own, console=console)
+    if strategy.name == "one":
+        yield launch
+        return
+    with joined(strategy.ranks, own.value.type):
+        yield launch
+
+
+def may_restart() -> bool:
+    """Whether torchrun was asked to start killed processes again."""
+    return os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") not in {"", "0"}
+
+
+def _strategy(asked: str | None, ranks: Ranks) -> Strategy:
+    """Refuse once what every process would refuse alike."""
+    try:
+        return Strategy(name=asked or "one", ranks=ranks)  # type: ignore[arg-type]  # checked there
+    except SettingsError:
+        if ranks.is_first:
+            raise
+        raise SystemExit(2) from None
+
+
+def _own_device(
+    device: Decision[torch.device], strategy: Strategy
+) -> Decision[torch.device]:
+    if device.value.type != "cuda" or strategy.name == "one":
+        return device
+    ranks = strategy.ranks
+    if ranks.local_rank >= torch.cuda.device_count():
+        raise SettingsError(
+            f"rank {ranks.rank} needs a GPU of its own, and this machine has "
+            f"{torch.cuda.device_count()}; start at most as many processes on it"
+        )
+    return Decision(
+        torch.device("cuda", ranks.local_rank),
+        f"{device.because}; local rank {ranks.local_rank}",
+    )
