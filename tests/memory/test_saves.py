@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from typing import Any
 
 import pytest
 import torch
@@ -95,6 +96,45 @@ def test_three_views_of_one_memory_are_stored_once() -> None:
         model(x).sum().backward()
     assert stored.bill.num_packed == 2  # all three at once, and q * k
     assert stored.bill.before_bytes == 50 * 192 * 4 + 50 * 64 * 4
+
+
+def test_three_views_that_are_read_together_are_widened_once() -> None:
+    """They share one memory as long as one of them lives, and none afterwards."""
+
+    class Together(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *parts: torch.Tensor) -> torch.Tensor:
+            ctx.save_for_backward(*parts)
+            return parts[0] * parts[1] * parts[2]
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> Any:
+            parts = ctx.saved_tensors
+            seen.append({part.untyped_storage().data_ptr() for part in parts})
+            values.append([part.clone() for part in parts])
+            a, b, c = parts
+            return grad * b * c, grad * a * c, grad * a * b
+
+    class Three(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.all = nn.Linear(64, 192, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = Together.apply(*self.all(x).chunk(3, dim=-1)).exp()
+            return y.sum()
+
+    seen: list[set[int]] = []
+    values: list[list[torch.Tensor]] = []
+    model, x = Three(), torch.randn(50, 64)
+    with store_saves(model, "fp16"):
+        loss = model(x)
+        loss.backward(retain_graph=True)
+        loss.backward()
+    assert [len(each) for each in seen] == [1, 1]
+    wanted = model.all(x).half().float().chunk(3, dim=-1)
+    for found in values:
+        assert all(map(torch.equal, found, wanted))
 
 
 def test_what_others_hold_is_left_alone() -> None:

@@ -216,8 +216,10 @@ class _Packed:
 
     __slots__ = (
         "__weakref__",
+        "_dtype",
         "_kept",
         "_whole",
+        "_wide",
         "after_bytes",
         "before_bytes",
         "what",
@@ -227,18 +229,28 @@ class _Packed:
         self.what = what
         self.before_bytes = flat.nbytes
         self.after_bytes = flat.nbytes if kept is None else kept.num_bytes
+        self._dtype = flat.dtype
         self._kept = kept
         self._whole = _Untouched(flat) if kept is None else None
+        self._wide: weakref.ref[torch.UntypedStorage] | None = None
 
     def give_back(self, flat: torch.Tensor) -> None:
         """Keep what was packed as it is, by reference."""
         self._whole, self._kept = _Untouched(flat), None
 
     def get(self) -> torch.Tensor:
+        """Return it flat; those who read it at the same time share one memory."""
         if self._whole is not None:
             return self._whole.get()
         assert self._kept is not None, "nothing was packed"
-        return self._kept.get()
+        storage = None if self._wide is None else self._wide()
+        if storage is not None:
+            shared = torch.empty(0, dtype=self._dtype, device=storage.device)
+            return shared.set_(storage)
+        flat = self._kept.get()
+        if type(flat) is torch.Tensor:
+            self._wide = weakref.ref(flat.untyped_storage())
+        return flat
 
 
 class _Untouched:
@@ -296,13 +308,13 @@ class _Packer:
     ) -> None:
         self._store = store
         self.recipes = Recipes(self._source_of) if derive else None
-        weights = [*model.parameters(), *model.buffers()]
-        self._held = dict.fromkeys(map(_key, weights), _WEIGHT)
+        weights, buffers = _weights_and_buffers(model)
+        self._held = dict.fromkeys(map(_key, (*weights, *buffers)), _WEIGHT)
         self._held |= {_key(tensor): "an input" for tensor in _tensors_in(inputs)}
         self._inputs = inputs  # held, so that no other tensor gets their address
         self._shapes = {
             shape: weight.dtype
-            for weight in model.parameters()
+            for weight in weights
             if weight.ndim > 1
             for shape in (tuple(weight.shape), tuple(weight.shape[::-1]))
         }
@@ -417,6 +429,23 @@ class _Packer:
         # by shape and format: which weight it is a cast of, nobody knows
         held_in = self._shapes.get(tuple(tensor.shape), tensor.dtype)
         return None if held_in is tensor.dtype else "a cast of a weight"
+
+
+def _weights_and_buffers(
+    model: nn.Module,
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Return all of them, ten times as fast as by walks that also make names."""
+    modules = [model, *_modules_below(model)]
+    weights = [w for each in modules for w in each._parameters.values()]  # noqa: SLF001 -- the public walks make names
+    buffers = [b for each in modules for b in each._buffers.values()]  # noqa: SLF001 -- as above
+    return [w for w in weights if w is not None], [b for b in buffers if b is not None]
+
+
+def _modules_below(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module._modules.values():  # noqa: SLF001 -- as above
+        if child is not None:
+            yield child
+            yield from _modules_below(child)
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:
