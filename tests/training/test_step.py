@@ -506,3 +506,28 @@ def test_an_unknown_operator_is_refused_before_the_first_step() -> None:
     assert type(model) is nn.Linear
     right = policy.to_yaml().replace("softmx", "softmax")
     prepare(model, optimizer, Policy.parse(right)).remove()
+
+
+def test_a_step_clears_gradients_that_no_optimizer_holds() -> None:
+    """Of frozen groups, of a module used twice, and of one that was added later."""
+    model = make_model()
+    model.append(model[0])
+    optimizer = torch.optim.SGD(model[3].parameters(), lr=0.1)
+    run = prepare(model, optimizer, preset("32-true"))
+    model.register_parameter("late", nn.Parameter(torch.ones(3)))
+    for _ in range(2):
+        with run.step() as step:
+            hidden = nn.Sequential(*model[:4])(torch.ones(2, 5))
+            step.backward((hidden * model.get_parameter("late")).sum())
+    assert all(weight.grad is None for weight in model.parameters())
+
+
+def test_a_weight_that_joins_the_optimizer_is_named_at_once() -> None:
+    """The names are looked up again when the groups change."""
+    model = make_model()
+    optimizer = torch.optim.SGD(model[3].parameters(), lr=0.1)
+    run = prepare(model, optimizer, preset("32-true"))
+    stranger = nn.Parameter(torch.ones(2))
+    assert list(run.parameters()) == ["3.weight", "3.bias"]
+    optimizer.add_param_group({"params": [model[0].weight, stranger]})
+    assert list(run.parameters())[2:] == ["0.weight", "param_groups[1]['params'][1]"]

@@ -87,7 +87,7 @@ def global_norm(
     values = [_real_values(gradient) for gradient in gradients]
     norm = _norm_of_norms(_norms(values))
     if math.isinf(norm):
-        norm = _norm_of_norms([each.double().norm() for each in values])
+        norm = _norm_of_norms([[each.double().norm()] for each in values])
     if process_group is None:
         return norm
     return norm_over_processes(norm, process_group)
@@ -240,24 +240,25 @@ def norm_over_processes(norm: float, process_group: ProcessGroup) -> float:
     return float(largest * square.sqrt())
 
 
-def _norms(values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The norm of each tensor, at least in fp32."""
-    found: list[torch.Tensor] = []
-    for group in _by_kind(values):
-        wide = torch.promote_types(group[0].dtype, torch.float32)
-        found.extend(torch._foreach_norm(group, 2, dtype=wide))  # noqa: SLF001 -- the only fused norm
-    return found
+def _norms(values: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, ...]]:
+    """The norm of each tensor, at least in fp32; by device and format."""
+    return [
+        torch._foreach_norm(  # noqa: SLF001 -- the only fused norm
+            group, 2, dtype=torch.promote_types(group[0].dtype, torch.float32)
+        )
+        for group in _by_kind(values)
+    ]
 
 
-def _norm_of_norms(norms: Sequence[torch.Tensor]) -> float:
-    """Combine norms; the host reads one number from each device."""
+def _norm_of_norms(norms: Iterable[Sequence[torch.Tensor]]) -> float:
+    """Combine norms of one kind each; the host reads one number from each device."""
     by_device: dict[torch.device, list[torch.Tensor]] = defaultdict(list)
-    for norm in norms:
-        by_device[norm.device].append(norm)
+    for each in norms:
+        by_device[each[0].device].append(torch.stack(tuple(each)))
     totals = []
-    for each in by_device.values():
-        widest = max((norm.dtype for norm in each), key=lambda dtype: dtype.itemsize)
-        stacked = torch.stack([norm.to(widest) for norm in each])
+    for stacks in by_device.values():
+        widest = max((s.dtype for s in stacks), key=lambda dtype: dtype.itemsize)
+        stacked = torch.cat([s.to(widest) for s in stacks])
         totals.append(torch.linalg.vector_norm(stacked).item())
     return math.hypot(*totals)
 
@@ -274,13 +275,13 @@ def _by_kind(values: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
 
 def _real_values(gradient: torch.Tensor) -> torch.Tensor:
     """The numbers that a gradient adds up to; a sparse one may hold them in parts."""
-    gradient = gradient.detach()
     return _stored_values(gradient.coalesce() if gradient.is_sparse else gradient)
 
 
 def _stored_values(gradient: torch.Tensor) -> torch.Tensor:
     """A view of the numbers in memory, to change them in place."""
-    gradient = gradient.detach()
+    if gradient.requires_grad:  # seldom, and a view takes its time
+        gradient = gradient.detach()
     if gradient.is_sparse:
         gradient = gradient._values()  # noqa: SLF001 -- the only view of them
     if gradient.is_complex():
