@@ -95,6 +95,24 @@ class Launch:
 
         from_first(self.ranks, refused)
 
+    def refuse_uneven(self, num_rows: int, setting: str) -> None:
+        """Refuse a batch that the processes cannot share in equal parts.
+
+        Raises:
+            SettingsError: On rank 0; the others end without a word.
+        """
+        if num_rows % self.ranks.num_ranks == 0:
+            return
+
+        def refused() -> None:
+            raise SettingsError(
+                f"{self.ranks.num_ranks} processes need a batch that they can share "
+                f"evenly, got {setting} {num_rows}; start a number of processes that "
+                "divides it, or change it"
+            )
+
+        from_first(self.ranks, refused)
+
     def facts(self) -> dict[str, int | str]:
         """Return what a checkpoint and the report say of it."""
         return {"strategy": self.strategy.name, "num_ranks": self.ranks.num_ranks}

@@ -27,7 +27,7 @@ from castwise.recipes.kenken.relations import MODES, Relations, relate
 from castwise.recipes.kenken.streams import item_keys, uniforms
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
@@ -117,14 +117,17 @@ class PuzzleBatch:
 
     def to(self, device: torch.device | str) -> PuzzleBatch:
         """Move every tensor to a device."""
-        moved = Relations(*(t.to(device, non_blocking=True) for t in self.relations))
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> PuzzleBatch:
+        """Keep every tensor where a GPU fetches it while the CPU goes on."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> PuzzleBatch:
         return replace(
             self,
-            relations=moved,
-            **{
-                name: getattr(self, name).to(device, non_blocking=True)
-                for name in _TENSORS
-            },
+            relations=Relations(*map(change, self.relations)),
+            **{name: change(getattr(self, name)) for name in _TENSORS},
         )
 
 

@@ -36,6 +36,7 @@ from castwise.recipes.kenken.puzzle_set import Kind, PuzzleSet
 from castwise.recipes.kenken.settings import KenKenSettings
 from castwise.recipes.kenken.supply import Supply
 from castwise.training.curriculum import Curriculum, Transition
+from castwise.training.prefetch import Prefetch
 from castwise.training.step import Run
 from castwise.training.strategy import Strategy
 from castwise.training.trainer import BatchLoss, Task
@@ -72,6 +73,8 @@ class KenKenTask(Task):
         device: Where batches go.
         curriculum: Stages to walk through; without dimensions nothing changes.
         strategy: How the run is spread over processes. Default: one process.
+        num_ahead: Batches that a thread draws ahead. Default: two for a GPU, none for
+            a CPU, which has no time to spare.
     """
 
     unit = "cells"
@@ -86,6 +89,7 @@ class KenKenTask(Task):
         device: torch.device,
         curriculum: Curriculum | None = None,
         strategy: Strategy | None = None,
+        num_ahead: int | None = None,
     ) -> None:
         self._run = run
         self._model = model
@@ -96,14 +100,22 @@ class KenKenTask(Task):
         self._curriculum = curriculum or Curriculum(())
         self._mixture = mixture_of(settings)
         self._device = device
+        if num_ahead is None:
+            num_ahead = 2 if device.type == "cuda" else 0
+        self._draws = Prefetch(
+            self._draw, num_steps=settings.num_steps, depth=num_ahead
+        )
 
     def batch(self, step: int) -> PuzzleBatch:
         """Draw the batch of a step, and keep the puzzles of this process."""
         mixture = mixture_in_force(self._mixture, self._curriculum)
+        return self._draws.batch(step, mixture).to(self._device)
+
+    def _draw(self, step: int, mixture: Mixture) -> PuzzleBatch:
         drawn = draw_batch(
             self._supply.train, mixture, seed=self._settings.seed, step=step
-        )
-        return drawn.part(self._strategy.ranks).to(self._device)
+        ).part(self._strategy.ranks)
+        return drawn.pinned() if self._device.type == "cuda" else drawn
 
     def loss(self, batch: PuzzleBatch) -> BatchLoss:
         """Return the cross-entropy over hidden cells and loops."""

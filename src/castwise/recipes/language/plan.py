@@ -231,12 +231,13 @@ def facts_of(
 
 def changes_since(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Name what differs from a checkpoint and may change the last bits."""
+    before = {"strategy": "one", "num_ranks": 1, **before}  # earlier runs knew no other
     names = ("versions", "num_threads", "device", "data", "effective")
     return [
         f"Note: {name} differs from the checkpoint; the run goes on, but not bit for "
         "bit as it would have."
-        for name in names
-        if before.get(name) != now.get(name)
+        for name in (*names, "strategy", "num_ranks")
+        if before.get(name) != now.get(name, before.get(name))
     ]
 
 

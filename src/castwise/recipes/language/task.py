@@ -16,7 +16,9 @@ from castwise.recipes.language.evaluation import Batches, evaluate
 from castwise.recipes.language.health import Probe, worst
 from castwise.recipes.language.token_file import TokenBatch
 from castwise.training.step import Run
+from castwise.training.strategy import Strategy
 from castwise.training.trainer import BatchLoss, Task
+from castwise.training.unison import largest
 
 SCORE = "negative_validation_loss"
 """What ranks checkpoints: larger is better."""
@@ -33,6 +35,7 @@ class LanguageTask(Task):
         probe: Watches the sensitive layers.
         log_every: Steps between two lines of the journal.
         device: Where batches go.
+        strategy: How the run is spread over processes. Default: one process.
     """
 
     unit = "tokens"
@@ -46,8 +49,11 @@ class LanguageTask(Task):
         probe: Probe,
         log_every: int,
         device: torch.device,
+        strategy: Strategy | None = None,
     ) -> None:
         self._run, self._model, self._batches = run, model, batches
+        self._strategy = strategy or Strategy()
+        self._forward = self._strategy.forward_of(model, run)
         self._probe, self._log_every, self._device = probe, log_every, device
         probe.paused = True
 
@@ -57,16 +63,22 @@ class LanguageTask(Task):
         return self._device
 
     def batch(self, step: int) -> TokenBatch:
-        """Return the batch of a step."""
+        """Return this process's windows of the batch of a step."""
         self._probe.paused = (step + 1) % self._log_every != 0
-        return self._batches.train(step).to(self._device)
+        whole = self._batches.train(step)
+        return whole.part(self._strategy.ranks).to(self._device)
+
+    def loss_alone(self, batch: TokenBatch) -> BatchLoss:
+        """Return the mean loss per token, without a word to other processes."""
+        value = self._model(batch.tokens, batch.targets)
+        return BatchLoss(value=value, measures={}, num_units=batch.tokens.numel())
 
     def loss(self, batch: TokenBatch) -> BatchLoss:
         """Return the mean loss per token."""
-        value = self._model(batch.tokens, batch.targets)
+        value = self._forward(batch.tokens, batch.targets)
         measures = {}
         if not self._probe.paused:
-            measures = worst(self._probe.read())
+            measures = largest(worst(self._probe.read()))
             self._probe.paused = True
         return BatchLoss(
             value=value,

@@ -29,6 +29,7 @@ from castwise.checkpoints.durable import replace_file, storage_error
 from castwise.errors import DataError
 
 if TYPE_CHECKING:
+    from castwise.distributed.ranks import Ranks
     from castwise.recipes.language.tokenizer import Tokenizer
 
 Stream = NDArray[np.unsignedinteger]
@@ -101,6 +102,11 @@ class TokenBatch:
 
     targets: Tensor
     """The token after each of them."""
+
+    def part(self, ranks: Ranks) -> TokenBatch:
+        """Keep the windows of one process; a run refuses parts that are not equal."""
+        own = ranks.part(len(self.tokens))
+        return TokenBatch(tokens=self.tokens[own], targets=self.targets[own])
 
     def to(self, device: torch.device) -> TokenBatch:
         """Return it on a device."""

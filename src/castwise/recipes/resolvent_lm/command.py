@@ -34,6 +34,11 @@ from castwise.recipes.language.options import (
 @click.option("--no-compile", is_flag=True, help="Never compile the blocks.")
 @place_options
 @click.option(
+    "--strategy",
+    type=click.Choice(["ddp", "fsdp"]),
+    help="Over the processes of torchrun.  [default: one process]",
+)
+@click.option(
     "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
 )
 def train(**flags: Any) -> int:
@@ -60,5 +65,6 @@ def train(**flags: Any) -> int:
             num_threads=flags["threads"],
             data=flags["data"],
             hybrid=HybridChoice(asked=flags["hybrid"]),
+            strategy=flags["strategy"],
         ),
     )

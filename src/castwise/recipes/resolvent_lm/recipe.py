@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import nn
 
 from castwise.checkpoints import CheckpointShelf
-from castwise.decision import Decision
+from castwise.distributed.ranks import first_before_others
 from castwise.errors import CheckpointError
 from castwise.hybrid import HybridSettings
 from castwise.layers.resolvent_health import ResolventProbe
@@ -45,13 +44,12 @@ from castwise.recipes.language.plan import (
 from castwise.recipes.language.sampling import SamplingSettings, sample_text
 from castwise.recipes.language.supply import TokenSupply, default_folder, open_supply
 from castwise.recipes.language.task import SCORE, LanguageTask
+from castwise.recipes.launch import Launch, open_launch
 from castwise.recipes.optimizer_choice import build_optimizer, decay_groups
 from castwise.recipes.resolvent_lm.model import RECIPE, build_model
 from castwise.training.averages import NoAverages
-from castwise.training.display import open_display
-from castwise.training.journal import Journal
 from castwise.training.random_state import seed_everything
-from castwise.training.run_folder import RunFolder, open_run_folder
+from castwise.training.run_folder import RunFolder
 from castwise.training.schedule import WarmupStableDecay
 from castwise.training.step import Run
 from castwise.training.trainer import FitResult, Trainer, TrainerSettings
@@ -84,6 +82,9 @@ class Place:
     hybrid: HybridChoice = field(default_factory=HybridChoice)
     """Phases to train in, if the flag asks for them."""
 
+    strategy: str | None = None
+    """ddp or fsdp over the processes of torchrun, or None for one process."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Built:
@@ -111,9 +112,15 @@ def train(asked: Asked, place: Place) -> int:
     Raises:
         CastwiseError: For every mistake in a flag, a file or a folder.
     """
-    console = Console()
-    device = choose_device(place.device)
-    folder = open_run_folder(out=place.out, parent=RUNS, resume=place.resume)
+    with open_launch(
+        asked=place.strategy, device=choose_device(place.device)
+    ) as launch:
+        return _train(asked, place, launch)
+
+
+def _train(asked: Asked, place: Place, launch: Launch) -> int:
+    console = launch.console
+    folder = launch.open_folder(out=place.out, parent=RUNS, resume=place.resume)
     shelf = CheckpointShelf(
         folder=folder.checkpoints, kind=RECIPE.kind, keep_last=place.keep_last
     )
@@ -121,7 +128,7 @@ def train(asked: Asked, place: Place) -> int:
     if place.num_threads is not None:
         torch.set_num_threads(place.num_threads)
     with ExitStack() as stack:
-        built = _build(plan, place, device, folder, shelf, stack)
+        built = _build(plan, place, launch, folder, shelf, stack)
         for line in closing.opening_lines(built.facts, folder):
             console.print(line, highlight=False, soft_wrap=True)
         if plan.tree is not None:
@@ -135,7 +142,8 @@ def train(asked: Asked, place: Place) -> int:
             soft_wrap=True,
         )
         return SIGNAL_CODES[result.stopped_by]
-    _tell(built, plan, result, folder, console)
+    if launch.strategy.takes_part:
+        _tell(built, plan, result, folder, launch)
     return 0
 
 
@@ -154,14 +162,19 @@ def _plan(asked: Asked, folder: RunFolder, shelf: CheckpointShelf) -> Plan:
 def _build(
     plan: Plan,
     place: Place,
-    device: Decision[torch.device],
+    launch: Launch,
     folder: RunFolder,
     shelf: CheckpointShelf,
     stack: ExitStack,
 ) -> Built:
     settings, training = plan.settings, plan.settings.training
-    supply = open_supply(
-        settings.text, place.data or default_folder(), tokenizer=plan.tokenizer
+    device, strategy = launch.device, launch.strategy
+    launch.refuse_uneven(settings.text.batch_size, "text.batch_size")
+    supply = first_before_others(
+        launch.ranks,
+        lambda: open_supply(
+            settings.text, place.data or default_folder(), tokenizer=plan.tokenizer
+        ),
     )
     batches = Batches(supply, settings.text, training)
     seed_everything(training.seed)
@@ -169,6 +182,8 @@ def _build(
         settings.model, supply.tokenizer.vocab_size, settings.text.sequence_length
     ).to(device.value)
     hybrid = _phases(plan, place, folder)
+    launch.refuse_phases(hybrid)
+    strategy.shard(model, plan.policy.value, device.value, fallback=plan.fallback)
     monitor = MemoryMonitor(device.value)
     made = prepare_run(
         model,
@@ -196,6 +211,7 @@ def _build(
         probe=probe,
         log_every=training.log_every,
         device=device.value,
+        strategy=strategy,
     )
     measured = _measured(run, task, model)
     compiled = compile_decision(training.compile, device.value)
@@ -207,9 +223,9 @@ def _build(
         plan,
         supply,
         device,
-        {**measured, "compiled": str(compiled), "hybrid": stored},
+        {**measured, "compiled": str(compiled), "hybrid": stored, **launch.facts()},
     )
-    trainer = _trainer(plan, made, task, facts, folder, shelf, stack, monitor)
+    trainer = _trainer(plan, made, task, facts, folder, shelf, stack, monitor, launch)
     if plan.tree is not None:
         trainer.resume(plan.tree)
     return Built(trainer=trainer, made=made, model=model, supply=supply, facts=facts)
@@ -238,6 +254,7 @@ def _trainer(
     shelf: CheckpointShelf,
     stack: ExitStack,
     monitor: MemoryMonitor,
+    launch: Launch,
 ) -> Trainer:
     training = plan.settings.training
     averages = NoAverages()
@@ -257,14 +274,15 @@ def _trainer(
             log_every=training.log_every,
         ),
         shelf=shelf,
-        journal=stack.enter_context(Journal(folder.path)),
+        journal=stack.enter_context(launch.open_journal(folder)),
         display=stack.enter_context(
-            open_display(training.num_steps, f"castwise train {RECIPE.name}")
+            launch.open_display(training.num_steps, f"castwise train {RECIPE.name}")
         ),
         monitor=monitor,
         facts=facts,
         score=SCORE,
         stepping=made.stepping(task, averages),
+        strategy=launch.strategy,
     )
 
 
@@ -292,7 +310,7 @@ def _tell(
     plan: Plan,
     result: FitResult,
     folder: RunFolder,
-    console: Console,
+    launch: Launch,
 ) -> None:
     with built.made.run.inference():
         sample = sample_text(
@@ -302,7 +320,9 @@ def _tell(
             length=plan.settings.text.sequence_length,
             settings=SamplingSettings(),
         )
-    with Journal(folder.path) as journal:
+    if not launch.ranks.is_first:
+        return
+    with launch.open_journal(folder) as journal:
         built.made.tell(journal, result.num_steps)
         journal.write("sample", result.num_steps, {"text": sample})
     closing.close(
@@ -310,5 +330,5 @@ def _tell(
         facts=built.facts,
         sample=sample,
         folder=folder,
-        console=console,
+        console=launch.console,
     )
