@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from castwise.checkpoints import load_checkpoint as load_checkpoint
     from castwise.checkpoints import save_checkpoint as save_checkpoint
     from castwise.decision import Decision as Decision
+    from castwise.distributed.likeness import watch_ranks as watch_ranks
     from castwise.distributed.replication import replicate as replicate
     from castwise.distributed.sharding import Sharding as Sharding
     from castwise.distributed.sharding import shard as shard
@@ -139,6 +140,7 @@ _ROOMS = {
     "validate": "castwise.numerics.validate",
     "validate_function": "castwise.numerics.validate.plain_function",
     "watch": "castwise.numerics.watch",
+    "watch_ranks": "castwise.distributed.likeness",
 }
 
 __all__ = ["__version__", *sorted(_ROOMS)]  # noqa: PLE0604 -- the table is the list

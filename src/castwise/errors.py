@@ -100,6 +100,10 @@ class TargetError(CastwiseError):
     """A model, its batches or its loss cannot be used as given; the line is named."""
 
 
+class RanksError(CastwiseError):
+    """Processes that train together are not alike, or one of them is missing."""
+
+
 class BudgetError(CastwiseError):
     """An error or byte budget cannot be met; the message says by how much."""
 
