@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -124,11 +124,11 @@ class PuzzleBatch:
         return self._each(torch.Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> PuzzleBatch:
-        return replace(
-            self,
-            relations=Relations(*map(change, self.relations)),
-            **{name: change(getattr(self, name)) for name in _TENSORS},
-        )
+        changed: dict[str, Any] = {
+            name: change(getattr(self, name)) for name in _TENSORS
+        }
+        relations = Relations(*map(change, self.relations))
+        return replace(self, relations=relations, **changed)
 
 
 _TENSORS = (
