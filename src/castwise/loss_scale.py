@@ -59,9 +59,13 @@ class NonFinite:
     cause: str = ""
     """What made it, where somebody found out."""
 
+    rank: int | None = None
+    """The process whose rows hold it, where gradients are cut over processes."""
+
     def __str__(self) -> str:
         cause = f" ({self.cause})" if self.cause else ""
-        return f"the gradient of {self.parameter!r} holds {self.kind}{cause}"
+        rows = "" if self.rank is None else f" in the rows of rank {self.rank}"
+        return f"the gradient of {self.parameter!r} holds {self.kind}{rows}{cause}"
 
 
 class LossScale(abc.ABC):

@@ -46,22 +46,22 @@ def norms(_rank: int, max_norm: float | None) -> Any:
     ("faults", "expected"),
     [
         ([], None),
-        ([(1, "b", math.inf)], NonFinite(parameter="b", kind="inf")),
-        ([(0, "b", math.nan)], NonFinite(parameter="b", kind="NaN")),
+        ([(1, "b", math.inf)], NonFinite(parameter="b", kind="inf", rank=1)),
+        ([(0, "b", math.nan)], NonFinite(parameter="b", kind="NaN", rank=0)),
         (
             [(0, "b", math.inf), (1, "a", math.nan)],
-            NonFinite(parameter="a", kind="NaN"),
+            NonFinite(parameter="a", kind="NaN", rank=1),
         ),
         (
             [(0, "a", math.inf), (1, "a", math.nan)],
-            NonFinite(parameter="a", kind="NaN"),
+            NonFinite(parameter="a", kind="NaN", rank=1),
         ),
     ],
 )
 def test_all_processes_find_what_one_of_them_found(
     two_ranks: TwoRanks, faults: Any, expected: NonFinite | None
 ) -> None:
-    """The first parameter in order, NaN before inf; all are divided all the same."""
+    """The first parameter in order, NaN before inf, and whose rows hold it."""
     (zero, rows), (one, same) = two_ranks(find, faults)
     assert zero == one == expected
     assert torch.equal(rows, same) or expected is not None

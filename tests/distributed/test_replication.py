@@ -7,6 +7,7 @@ import torch
 
 import castwise as cw
 from castwise.distributed.replication import replicate
+from castwise.distributed.sharding import shard
 from castwise.errors import SettingsError
 from shared_net import (
     LAST_BITS,
@@ -149,6 +150,48 @@ def test_gradients_accumulate_before_they_are_sent(two_ranks: TwoRanks) -> None:
     for name, weight in model.named_parameters():
         assert torch.equal(zero[name], one[name])
         torch.testing.assert_close(zero[name], weight, rtol=2.0**-8, atol=1e-4)
+
+
+def overflowing(rank: int, kind: str) -> dict[str, Any]:
+    """The second of three steps overflows on rank 1, in the backward or forward."""
+    model, policy = net(), policy_of("16-mixed fp32")
+    if kind == "fsdp forward":
+        shard(model, policy)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    run = cw.prepare(model, optimizer, policy)
+    ddp = model if "fsdp" in kind else replicate(model, policy)
+    outcomes = []
+    for number in range(3):
+        bad = rank == number == 1
+        with run.step() as step:
+            rows = ROWS[rank] * (1e6 if bad and "forward" in kind else 1)
+            factor = 1e6 if bad and kind == "backward" else 1
+            step.backward(loss_of(ddp(rows)) * factor)
+        outcomes.append(step.outcome)
+    skipped = outcomes[1]
+    assert isinstance(skipped, cw.Skipped)
+    return {
+        "kinds": [type(each).__name__ for each in outcomes],
+        "skipped": (skipped.op, skipped.stage, skipped.rank, skipped.module),
+        "because": skipped.because,
+        "scale": run.loss_scale.scale,
+    }
+
+
+def test_a_skipped_step_names_the_rank_that_overflowed(two_ranks: TwoRanks) -> None:
+    """Gradients are the same everywhere; only a replay tells whose they were."""
+    for kind in ("backward", "forward", "fsdp forward"):
+        zero, one = two_ranks(overflowing, kind)
+        assert zero["kinds"] == one["kinds"] == ["Stepped", "Skipped", "Stepped"]
+        assert zero["skipped"] == one["skipped"]
+        assert zero["scale"] == one["scale"] == 2.0**15
+        for found in (zero, one):
+            assert found["skipped"][2] == 1
+            assert "on rank 1: " in found["because"]
+        if kind == "forward":
+            assert zero["skipped"][1:] == ("forward", 1, "enter")
+        if kind == "backward":
+            assert zero["skipped"][1] == "backward"
 
 
 def refusals(_rank: int) -> list[str]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from itertools import chain
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import torch
 from torch import distributed
@@ -29,6 +30,8 @@ from castwise.optim.clipping import (
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
+
+    from torch import nn
 
 
 def unscale(
@@ -70,6 +73,23 @@ def clip(gradients: Iterable[torch.Tensor], max_norm: float | None) -> float:
     return whole
 
 
+def share_step(model: nn.Module) -> None:
+    """Note that a model's gradients are the same on all processes, as under DDP."""
+    _SHARED.add(model)
+
+
+def is_step_shared(model: nn.Module) -> bool:
+    """Whether all processes step, or skip, together: under `replicate` and FSDP2."""
+    if not distributed.is_available() or not distributed.is_initialized():
+        return False
+    if distributed.get_world_size() == 1:
+        return False
+    return model in _SHARED or any(map(is_sharded, model.parameters()))
+
+
+_SHARED: WeakSet[nn.Module] = WeakSet()
+
+
 def local_part(gradient: torch.Tensor) -> torch.Tensor:
     """What this process holds of a tensor, in the same memory; all of a whole one."""
     if not is_sharded(gradient):
@@ -93,15 +113,20 @@ def _groups_of(gradient: torch.Tensor) -> tuple[Any, ...]:
 
 
 def _agreed(finding: NonFinite | None, names: Sequence[str]) -> NonFinite | None:
-    """Let all processes take the first finding of any; NaN goes before inf."""
-    nothing = 2 * len(names)
-    rank = nothing
+    """Let all processes take the first finding of any; NaN goes before inf.
+
+    Parameter, kind and rank are one integer, so that one message tells all three.
+    """
+    size = distributed.get_world_size()
+    nothing = code = 2 * len(names) * size
     if finding is not None:
-        rank = 2 * names.index(finding.parameter) + (finding.kind == "inf")
+        code = 2 * names.index(finding.parameter) + (finding.kind == "inf")
+        code = code * size + distributed.get_rank()
     device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
-    first = torch.tensor(rank, device=device)
+    first = torch.tensor(code, device=device)
     distributed.all_reduce(first, distributed.ReduceOp.MIN)
-    at, is_inf = divmod(int(first), 2)
     if int(first) == nothing:
         return None
-    return NonFinite(parameter=names[at], kind="inf" if is_inf else "NaN")
+    code, rank = divmod(int(first), size)
+    at, is_inf = divmod(code, 2)
+    return NonFinite(parameter=names[at], kind="inf" if is_inf else "NaN", rank=rank)

@@ -31,6 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from castwise.distributed.compression import Compression
 from castwise.distributed.formats import bits_of, reduced_in
+from castwise.distributed.gradients import share_step
 from castwise.distributed.low_rank import LowRank, Travel
 from castwise.dtypes import dtype_of
 from castwise.errors import SettingsError
@@ -92,6 +93,7 @@ def replicate(
     if compression.method == "powersgd":
         _refuse_unknown_scale(bound, loss_scale)
     ddp = DistributedDataParallel(model, **settings)
+    share_step(model)
     if compression.method == "powersgd":
         feedback = LowRank(
             _travels(model, bound, formats), compression, ddp.process_group, loss_scale

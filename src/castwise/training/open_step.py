@@ -12,16 +12,23 @@ from typing import TYPE_CHECKING, Protocol, Self
 
 import torch
 
-from castwise.distributed.gradients import clip, local_part, unscale
+from castwise.distributed.gradients import clip, is_step_shared, local_part, unscale
 from castwise.errors import SettingsError, StepError
 from castwise.fitting import is_sharded
 from castwise.loss_scale import NonFinite, NoScale
 from castwise.optim.clipping import ByGroup, ByRow, scale_down
 from castwise.training.admission import refuse_loss
 from castwise.training.outcome import Skipped, Stepped, skipped, writer_of
-from castwise.training.replay import Again, Explanation, explain, losses_of
+from castwise.training.replay import (
+    Again,
+    Explanation,
+    explain,
+    losses_of,
+    on_this_rank,
+)
 from castwise.training.shortage import is_out_of_memory, shortage
 from castwise.training.state_watch import refuse_poisoned_weights, too_large_to_square
+from castwise.training.unison import first_proposal
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -217,7 +224,7 @@ class Step:
     def _explanation(self, scale: float) -> Explanation:
         run = self._run
         tape = run._tape  # noqa: SLF001 -- a run and its step share it
-        return explain(
+        own = explain(
             tape.losses if self._again is None else losses_of(self._again, tape.rewind),
             model=run.model,
             weights=run.parameters(),
@@ -226,6 +233,12 @@ class Step:
             device=run.device,
             region=run.region(),
         )
+        return self._first_of_all(own) if is_step_shared(run.model) else own
+
+    def _first_of_all(self, own: Explanation) -> Explanation:
+        """Take the word of the first process on which something went wrong."""
+        fine = own.found is None and all(bool(each.isfinite()) for each in self._losses)
+        return first_proposal(None if fine else on_this_rank(own)) or own
 
     def _skipped(
         self, finding: NonFinite, explanation: Explanation, loss: float, scale: float

@@ -71,6 +71,10 @@ class Skipped:
     gone_at: float | None = None
     """A lower loss scale at which the step would have been finite, if one was found."""
 
+    rank: int | None = None
+    """The process that it happened on, where several step together and one of them
+    found out."""
+
     found: NonFiniteOperator | None = None
     """Everything that the replay found out about the operator."""
 
@@ -110,6 +114,7 @@ def skipped(
         scale=scale,
         loss=loss,
         gone_at=explanation.gone_at,
+        rank=explanation.rank,
         found=found,
     )
 

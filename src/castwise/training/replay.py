@@ -15,7 +15,7 @@ import contextlib
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -50,12 +50,16 @@ class Explanation:
     note: str = ""
     """Why no operator is named, where none is."""
 
+    rank: int | None = None
+    """The process that it happened on, where several step together."""
+
     def __str__(self) -> str:
+        where = "" if self.rank is None else f"on rank {self.rank}: "
         if self.found is None:
-            return self.note
+            return f"{where}{self.note}"
         if self.gone_at is None:
-            return str(self.found)
-        return f"{self.found}; it is gone at loss scale {self.gone_at:g}"
+            return f"{where}{self.found}"
+        return f"{where}{self.found}; it is gone at loss scale {self.gone_at:g}"
 
 
 def explain(
@@ -96,6 +100,11 @@ def explain(
         what = str(error).split("\n", 1)[0].rstrip(".")
         kind = "" if isinstance(error, StepError) else f"{type(error).__name__}: "
         return Explanation(note=f"the step could not be replayed: {kind}{what}")
+
+
+def on_this_rank(own: Explanation) -> Explanation:
+    """Say on which process it happened, for the others."""
+    return replace(own, rank=torch.distributed.get_rank())
 
 
 def losses_of(again: Again, rewind: Callable[[], None]) -> Losses:
