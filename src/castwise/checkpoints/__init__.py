@@ -3,12 +3,14 @@
     save_checkpoint(path, tree, kind="kenken run")      # all of it, or nothing
     tree = load_checkpoint(path, kind="kenken run")     # bit for bit, or one sentence
 
-Five rooms:
+Seven rooms:
 
     durable.py         a file that appears whole or not at all
     tree.py            nested Python values as JSON plus blobs of bytes
     container.py       the file: a safetensors file with a digest over every byte
     shelf.py           the last k checkpoints and the best one of a run
+    parts.py           a folder to which every rank of a sharded run writes its part
+    background.py      saves that go on while the run does
     contradictions.py  settings of a run that differ from those it resumes from
 
 Loading parses JSON and copies bytes. There is no pickle, so that a checkpoint from a

@@ -23,6 +23,7 @@ import os
 import stat
 import struct
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +41,7 @@ from castwise.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
     from io import BufferedReader
 
     from numpy.typing import NDArray
@@ -169,21 +170,53 @@ def read_checkpoint(path: Path) -> tuple[CheckpointFacts, Any]:
         header, data_at = _read_header(file, path)
         facts = _facts(header, path, size)
 
-        def fetch(name: str) -> NDArray[np.uint8]:
-            begin, end = header[name]["data_offsets"]
-            if not 0 <= begin <= end <= size - data_at:
-                raise ValueError(f"{name} lies outside of the file")
-            file.seek(data_at + begin)
-            blob = np.empty(end - begin, np.uint8)
-            if file.readinto(blob.data) != blob.nbytes:
-                raise ValueError(f"{name} ends early")
-            return blob
-
         try:
             document = json.loads(header["__metadata__"]["tree"])
+            fetch = partial(_fetch, file, header, data_at, size - data_at)
             return facts, decode(document, fetch)
         except _STRANGE as error:
             raise _malformed(path) from error
+
+
+def read_leaves(path: Path, names: Collection[str]) -> dict[str, Any]:
+    """Read some values of a checkpoint whose tree is a flat dict, after its digest."""
+    with _Source(path) as file:
+        size = _check_frame(file, path)
+        _check_digest(file, path)
+        header, data_at = _read_header(file, path)
+        _facts(header, path, size)
+        try:
+            pairs = json.loads(header["__metadata__"]["tree"])["dict"]
+            wanted = {"dict": [pair for pair in pairs if pair[0] in names]}
+            fetch = partial(_fetch, file, header, data_at, size - data_at)
+            found: dict[str, Any] = decode(wanted, fetch)
+        except _STRANGE as error:
+            raise _malformed(path) from error
+    if missing := set(names) - found.keys():
+        raise _damaged(path, f"it lacks {', '.join(sorted(missing))}")
+    return found
+
+
+def stated_digest(path: Path) -> str:
+    """Return the digest in the header of a checkpoint, which reading it has checked."""
+    with _Source(path) as file:
+        _check_frame(file, path)
+        file.seek(_DIGEST_AT)
+        return file.read(64).decode(errors="replace")
+
+
+def _fetch(
+    file: BufferedReader, header: Mapping[str, Any], data_at: int, room: int, name: str
+) -> NDArray[np.uint8]:
+    """Read one blob of a checkpoint that is open."""
+    begin, end = header[name]["data_offsets"]
+    if not 0 <= begin <= end <= room:
+        raise ValueError(f"{name} lies outside of the file")
+    file.seek(data_at + begin)
+    blob = np.empty(end - begin, np.uint8)
+    if file.readinto(blob.data) != blob.nbytes:
+        raise ValueError(f"{name} ends early")
+    return blob
 
 
 def _alignment(blob: Blob) -> int:

@@ -3,7 +3,8 @@
 There is no index file and no `latest` link that a kill could leave behind the truth:
 the folder is the state. A name says the order of saving and the step,
 
-    0007-step-1200.safetensors
+    0007-step-1200.safetensors      or, of a sharded run, the folder
+    0007-step-1200.sharded
 
 and the header holds the score. Order of saving, not step, decides what is latest, so a
 run that went back to an older checkpoint and continues is not overtaken by its own
@@ -35,9 +36,10 @@ from castwise.errors import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
-_NAME = re.compile(r"(?P<order>\d{4,})-step-(?P<step>\d+)\.safetensors")
+_NAME = re.compile(r"(?P<order>\d{4,})-step-(?P<step>\d+)\.(safetensors|sharded)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,20 +100,31 @@ class CheckpointShelf:
             StorageError: The disk is full or the folder cannot be written; what was on
                 the shelf is still there.
         """
+        path = self._next_name(step).with_suffix(".safetensors")
+        label = {"step": step, "score": None if score is None else repr(float(score))}
+        save_checkpoint(path, tree, kind=self.kind, label=label)
+        self.prune()
+        return path
+
+    def next_folder(self, step: int) -> Path:
+        """Return where the ranks of a sharded run shall put their next checkpoint.
+
+        Raises:
+            StorageError: The folder cannot be written.
+        """
+        return self._next_name(step).with_suffix(".sharded")
+
+    def _next_name(self, step: int) -> Path:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise storage_error("create", self.folder, error) from error
         remove_stale_temporaries(self.folder)
         order = max((_order(path) for path in self.paths()), default=0) + 1
-        path = self.folder / f"{order:04d}-step-{step}.safetensors"
-        label = {"step": step, "score": None if score is None else repr(float(score))}
-        save_checkpoint(path, tree, kind=self.kind, label=label)
-        self._prune()
-        return path
+        return self.folder / f"{order:04d}-step-{step}"
 
     def paths(self) -> list[Path]:
-        """List the files on the shelf, the latest first, damaged ones included."""
+        """List what stands on the shelf, the latest first, damaged ones included."""
         try:
             names = [p for p in self.folder.iterdir() if _NAME.fullmatch(p.name)]
         except FileNotFoundError:
@@ -120,8 +133,13 @@ class CheckpointShelf:
             raise storage_error("read", self.folder, error) from error
         return sorted(names, key=_order, reverse=True)
 
-    def latest(self) -> Decision[StoredCheckpoint | None]:
+    def latest(
+        self, read: Callable[[Path], tuple[CheckpointFacts, Any]] | None = None
+    ) -> Decision[StoredCheckpoint | None]:
         """Read the latest checkpoint that is whole.
+
+        Args:
+            read: How. Default: with all tensors whole.
 
         Returns:
             The checkpoint and why it is this one, naming each damaged one that was
@@ -132,7 +150,7 @@ class CheckpointShelf:
             ForeignCheckpointError: The shelf belongs to another kind of run.
             NewerCheckpointError: The latest was written by a later castwise.
         """
-        return self._first_whole(self.paths(), "the latest")
+        return self._first_whole(self.paths(), "the latest", read or read_any)
 
     def best(self) -> Decision[StoredCheckpoint | None]:
         """Read the checkpoint with the best score that is whole.
@@ -143,15 +161,20 @@ class CheckpointShelf:
         Raises:
             CheckpointError: As `latest`.
         """
-        return self._first_whole(self._by_score(), f"the {self.best_is} score")
+        return self._first_whole(
+            self._by_score(), f"the {self.best_is} score", read_any
+        )
 
     def _first_whole(
-        self, paths: list[Path], title: str
+        self,
+        paths: list[Path],
+        title: str,
+        read: Callable[[Path], tuple[CheckpointFacts, Any]],
     ) -> Decision[StoredCheckpoint | None]:
         passed_over: list[str] = []
         for path in paths:
             try:
-                facts, tree = read_checkpoint(path)
+                facts, tree = read(path)
             except (DamagedCheckpointError, ForeignCheckpointError) as error:
                 passed_over.append(str(error).split(";")[0])
                 continue
@@ -180,7 +203,7 @@ class CheckpointShelf:
         judged: list[tuple[float, int, Path]] = []
         for path in self.paths():
             try:
-                score = _score(describe_checkpoint(path))
+                score = _score(describe_any(path))
             except NewerCheckpointError:
                 raise
             except (CheckpointError, StorageError):
@@ -190,14 +213,43 @@ class CheckpointShelf:
                 judged.append((rank, _order(path), path))
         return [path for _, _, path in sorted(judged)]
 
-    def _prune(self) -> None:
+    def prune(self) -> None:
+        """Let go of those that need not stay.
+
+        Raises:
+            StorageError: The system refused.
+        """
         keep = {*self.paths()[: self.keep_last], *self._by_score()[:1]}
         for path in self.paths():
-            if path not in keep:
-                try:
-                    path.unlink(missing_ok=True)
-                except OSError as error:
-                    raise storage_error("remove", path, error) from error
+            if path in keep:
+                continue
+            if path.is_dir():
+                from castwise.checkpoints.parts import remove_folder  # noqa: PLC0415 -- loads torch.distributed
+
+                remove_folder(path)
+                continue
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                raise storage_error("remove", path, error) from error
+
+
+def read_any(path: Path) -> tuple[CheckpointFacts, Any]:
+    """Read a checkpoint with its tensors whole: a file, or a folder of parts."""
+    if not path.is_dir():
+        return read_checkpoint(path)
+    from castwise.checkpoints.parts import read_parts  # noqa: PLC0415 -- loads torch.distributed
+
+    return read_parts(path)
+
+
+def describe_any(path: Path) -> CheckpointFacts:
+    """Read what a checkpoint says about itself: a file, or a folder of parts."""
+    if not path.is_dir():
+        return describe_checkpoint(path)
+    from castwise.checkpoints.parts import describe_parts  # noqa: PLC0415 -- loads torch.distributed
+
+    return describe_parts(path)
 
 
 def _order(path: Path) -> int:

@@ -276,6 +276,15 @@ class _Decoder:
         return cast("np.generic", self._decode_ndarray(leaf)[()])
 
 
+def torch_dtype(name: str) -> torch.dtype:
+    """Return the dtype of a name as it stands in a tree.
+
+    Raises:
+        KeyError: There is none of that name.
+    """
+    return _TORCH_DTYPES[name]
+
+
 def kind_of(value: Any) -> str:
     """Name the type of a value as a person knows it."""
     if isinstance(value, torch.Tensor):

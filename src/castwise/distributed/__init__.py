@@ -8,6 +8,7 @@
     sharding.py      puts the groups on a model
     replication.py   sums gradients in the formats of a policy under DDP
     gradients.py     what all processes must agree on before a step
+    ranks.py         the processes that torchrun started
 
 `shard` comes first of all, then the optimizer, then the policy by `prepare`, Lightning
 or `apply_policy`; `replicate` comes last. Islands, operator table and contract are as

@@ -15,24 +15,68 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import distributed
 
+from castwise.checkpoints.shelf import read_any
 from castwise.distributed.ranks import ALONE, Ranks, from_first
 from castwise.errors import SettingsError
 from castwise.fitting import fit_to_device
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import nn
 
+    from castwise.checkpoints import CheckpointFacts, CheckpointShelf
+    from castwise.checkpoints.background import Saved
     from castwise.distributed.formats import Gather
     from castwise.policy import Policy
     from castwise.training.step import Run
 
 StrategyName = Literal["one", "ddp", "fsdp"]
 STRATEGIES: tuple[StrategyName, ...] = ("one", "ddp", "fsdp")
+
+
+class Saves(Protocol):
+    """Who puts the checkpoints of a run on its shelf."""
+
+    def begin(self, step: int, tree: Any, score: float | None) -> list[Saved]:
+        """Save a tree; return what is reported as saved from now on."""
+
+    def finished(self) -> list[Saved]:
+        """Return what has come to stand on the disk since; never wait."""
+
+    def wait(self) -> list[Saved]:
+        """Return it when nothing is under way."""
+
+
+class PlainSaves:
+    """Saves of a run whose weights are whole: one rank writes, and waits for the disk.
+
+    Args:
+        shelf: That of the run.
+        writes: Whether this is that rank.
+    """
+
+    def __init__(self, shelf: CheckpointShelf, *, writes: bool) -> None:
+        self._shelf, self._writes = shelf, writes
+
+    def begin(self, step: int, tree: Any, score: float | None) -> list[Saved]:
+        """Save a tree, if it is this rank's to do."""
+        if self._writes:
+            self._shelf.save(step, tree, score=score)
+        return []
+
+    def finished(self) -> list[Saved]:
+        """Return nothing: what was begun is done."""
+        return []
+
+    def wait(self) -> list[Saved]:
+        """Return nothing: what was begun is done."""
+        return []
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,6 +147,26 @@ class Strategy:
 
         ids = [self.ranks.local_rank] if run.device.type == "cuda" else None
         return replicate(model, run.precision.effective, device_ids=ids)
+
+    def saves(self, shelf: CheckpointShelf) -> Saves:
+        """Return what puts this run's checkpoints on a shelf; every rank must call."""
+        if not self.is_sharded:
+            return PlainSaves(shelf, writes=self.ranks.is_first)
+        from castwise.checkpoints.background import BackgroundSaves  # noqa: PLC0415 -- as above
+
+        # A thread talks through it, so it must be no other's.
+        return BackgroundSaves(shelf, distributed.new_group(backend="gloo"))
+
+    def read(self, path: Path) -> tuple[CheckpointFacts, Any]:
+        """Read a checkpoint; of one in parts a sharded run reads what it will hold."""
+        if not self.is_sharded or not path.is_dir():
+            return read_any(path)
+        from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415 -- as above
+
+        from castwise.checkpoints.parts import read_parts  # noqa: PLC0415 -- as above
+
+        mesh = init_device_mesh("cpu", (self.ranks.num_ranks,))
+        return read_parts(path, mesh=mesh)
 
     def agreed(self, measures: Mapping[str, float]) -> dict[str, float]:
         """Return what rank 0 has measured, so that all draw the same conclusions."""

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from types import FrameType
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 from torch import Tensor
 from torch.profiler import record_function
@@ -39,6 +39,7 @@ from castwise.training.random_state import (
     capture_random_states,
     restore_random_states,
 )
+from castwise.training.resharding import laid_out
 from castwise.training.schedule import WarmupStableDecay
 from castwise.training.sentinel import RolledBack, Sentinel
 from castwise.training.step import Run, Skipped, Stepped
@@ -46,6 +47,9 @@ from castwise.training.stepping import Stepping
 from castwise.training.strategy import Strategy
 from castwise.training.trace_table import DATA, span_of
 from castwise.training.unison import first_proposal
+
+if TYPE_CHECKING:
+    from castwise.checkpoints.background import Saved
 
 MIB = 2**20
 
@@ -232,7 +236,7 @@ class Trainer:
         self._schedule = schedule
         self._averages = averages
         self._settings = settings
-        self._shelf = shelf
+        self._saves = self._strategy.saves(shelf)
         self._journal = journal
         self._display = display
         self._monitor = monitor
@@ -250,6 +254,8 @@ class Trainer:
             LossScaleError: It was written under another kind of loss scale.
         """
         self._refuse_other_weights(tree["model"])
+        if self._strategy.is_sharded:
+            tree = laid_out(tree, self._run.model, self._run.optimizer)
         self._run.model.load_state_dict(tree["model"])
         self._run.optimizer.load_state_dict(tree["optimizer"])
         self._run.load_state_dict(tree["run"])
@@ -300,6 +306,7 @@ class Trainer:
                 self._one_step()
                 stopped = self._agreed_stop(caught)
                 self._after_step(stopping=stopped is not None)
+            self._tell_saved(self._saves.wait())
         return FitResult(
             num_steps=self._progress.step,
             finished=self._progress.step >= self._settings.num_steps,
@@ -417,9 +424,15 @@ class Trainer:
         if self._due(self._settings.evaluate_every) or last:
             self._end_epoch()
         if self._due(self._settings.checkpoint_every) or last or stopping:
-            tree = self._tree()
-            if self._strategy.ranks.is_first:
-                self._shelf.save(self._progress.step, tree, score=self._score)
+            self._tell_saved(
+                self._saves.begin(self._progress.step, self._tree(), self._score)
+            )
+        self._tell_saved(self._saves.finished())
+
+    def _tell_saved(self, saved: Sequence[Saved]) -> None:
+        """Report checkpoints that were under way and now stand on the disk."""
+        for each in saved:
+            self._journal.write("saved", each.step, {"checkpoint": each.path.name})
 
     def _due(self, every: int) -> bool:
         return self._progress.step % every == 0

@@ -287,7 +287,7 @@ def _plan(
             fallback=choice.fallback,
             tree=None,
         )
-    found = shelf.latest()
+    found = shelf.latest(launch.strategy.read)
     if found.value is None:
         raise CheckpointError(
             f"--resume needs a checkpoint, and {folder.checkpoints} holds none; start "

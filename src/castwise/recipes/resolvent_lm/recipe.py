@@ -124,7 +124,7 @@ def _train(asked: Asked, place: Place, launch: Launch) -> int:
     shelf = CheckpointShelf(
         folder=folder.checkpoints, kind=RECIPE.kind, keep_last=place.keep_last
     )
-    plan = _plan(asked, folder, shelf)
+    plan = _plan(asked, folder, shelf, launch)
     if place.num_threads is not None:
         torch.set_num_threads(place.num_threads)
     with ExitStack() as stack:
@@ -147,10 +147,12 @@ def _train(asked: Asked, place: Place, launch: Launch) -> int:
     return 0
 
 
-def _plan(asked: Asked, folder: RunFolder, shelf: CheckpointShelf) -> Plan:
+def _plan(
+    asked: Asked, folder: RunFolder, shelf: CheckpointShelf, launch: Launch
+) -> Plan:
     if not folder.resuming:
         return plan_anew(RECIPE, asked)
-    found = shelf.latest()
+    found = shelf.latest(launch.strategy.read)
     if found.value is None:
         raise CheckpointError(
             f"--resume needs a checkpoint, and {folder.checkpoints} holds none; start "
