@@ -22,6 +22,7 @@ from castwise.recipes.kenken.puzzle_set import GENERATOR_VERSION, Kind
 from castwise.recipes.kenken.puzzles import Puzzle
 from castwise.recipes.kenken.settings import KenKenSettings
 from castwise.recipes.kenken.solver import Answer
+from castwise.recipes.precision_story import precision_story
 from castwise.recipes.scale_story import scale_markers, scale_story
 from castwise.recipes.stage_story import stage_story
 from castwise.recipes.watch_story import watch_story
@@ -296,57 +297,14 @@ def _key(row: Measures) -> tuple[str, int, str, str]:
 
 
 def _precision_blocks(evidence: Evidence) -> tuple[Facts | DataTable, ...]:
-    facts, census = evidence.facts, evidence.census
-    return (
-        Facts(
-            facts=(
-                Fact(
-                    name="precision",
-                    value=census.effective or "no product was observed",
-                    asked=facts["asked_by"],
-                    because="counted in one forward and backward of the first batch",
-                ),
-                Fact(name="in force", value=facts["in_force"]),
-                Fact(name="observed", value=census.summary()),
-                Fact(name="loss scale", value=facts["loss_scale"]),
-                Fact(
-                    name="optimizer",
-                    value=facts["optimizer"]["in_force"],
-                    asked=facts["optimizer"]["asked"],
-                    because=facts["optimizer"]["because"],
-                ),
-                Fact(
-                    name="device",
-                    value=facts["device"],
-                    because=facts["device_because"],
-                ),
-            )
-        ),
-        DataTable(
-            title="What ran in which format",
-            caption="The operators of one forward and backward that move most bytes.",
-            columns=(
-                Column(name="operator", spelling="text"),
-                Column(name="stage", spelling="text"),
-                Column(name="format", spelling="text"),
-                Column(name="calls"),
-                Column(name="bytes", spelling="bytes"),
-                Column(name="flops"),
-            ),
-            rows=tuple(
-                (
-                    count.op,
-                    count.stage,
-                    count.format,
-                    count.num_calls,
-                    count.num_bytes,
-                    count.num_flops or None,
-                )
-                for count in sorted(census.counts, key=lambda c: -c.num_bytes)[:24]
-            ),
-            folded=True,
-        ),
+    stepped = evidence.facts["optimizer"]
+    optimizer = Fact(
+        name="optimizer",
+        value=stepped["in_force"],
+        asked=stepped["asked"],
+        because=stepped["because"],
     )
+    return precision_story(evidence.facts, more=(optimizer,))
 
 
 def _series(name: str, records: Sequence[Record], value: str) -> Series:

@@ -13,6 +13,7 @@ from typing import Any
 
 from castwise.numerics.census import FormatCensus
 from castwise.recipes.hybrid_story import hybrid_story
+from castwise.recipes.precision_story import precision_story
 from castwise.recipes.scale_story import scale_markers, scale_story
 from castwise.report import (
     Column,
@@ -92,7 +93,7 @@ def build_report(evidence: Evidence) -> Report:
         sections=(
             Section(title="Training", blocks=_training(evidence)),
             Section(title="Sensitive layers", blocks=_health(evidence)),
-            Section(title="Precision", blocks=_precision(evidence)),
+            Section(title="Precision", blocks=precision_story(evidence.facts)),
             *hybrid_story(evidence.records),
             Section(title="Memory", blocks=_memory(evidence)),
             Section(title="A sample", blocks=(Note(text=evidence.sample or "(none)"),)),
@@ -216,55 +217,6 @@ def _health(evidence: Evidence) -> tuple[Lines | Note, ...]:
         if any(name in record.values for record in train)
     )
     return lines or (Note(text="This variant has no sensitive layer."),)
-
-
-def _precision(evidence: Evidence) -> tuple[Facts | DataTable, ...]:
-    facts = evidence.facts
-    census = FormatCensus.from_record(facts["effective"])
-    return (
-        Facts(
-            facts=(
-                Fact(
-                    name="precision",
-                    value=census.effective or "no product was observed",
-                    asked=facts["asked_by"],
-                    because="counted in one forward and backward of the first batch",
-                ),
-                Fact(name="in force", value=facts["in_force"]),
-                Fact(name="observed", value=census.summary()),
-                Fact(name="loss scale", value=facts["loss_scale"]),
-                Fact(
-                    name="device",
-                    value=facts["device"],
-                    because=facts["device_because"],
-                ),
-            )
-        ),
-        DataTable(
-            title="What ran in which format",
-            caption="The operators of one forward and backward that move most bytes.",
-            columns=(
-                Column(name="operator", spelling="text"),
-                Column(name="stage", spelling="text"),
-                Column(name="format", spelling="text"),
-                Column(name="calls"),
-                Column(name="bytes", spelling="bytes"),
-                Column(name="flops"),
-            ),
-            rows=tuple(
-                (
-                    count.op,
-                    count.stage,
-                    count.format,
-                    count.num_calls,
-                    count.num_bytes,
-                    count.num_flops or None,
-                )
-                for count in sorted(census.counts, key=lambda c: -c.num_bytes)[:24]
-            ),
-            folded=True,
-        ),
-    )
 
 
 def _memory(evidence: Evidence) -> tuple[Lines | DataTable, ...]:
