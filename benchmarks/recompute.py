@@ -14,7 +14,7 @@ compared bit by bit with those of `none`. Times are CPU seconds, medians of the 
 of neighbouring turns.
 
     python benchmarks/recompute.py --json docs/accepted/recompute.json \
-        --picture docs/assets/recompute.svg
+        --picture docs/assets/recompute.svg --page
     python benchmarks/recompute.py --turns 1
 """
 
@@ -22,76 +22,36 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime as dt
 import json
-import platform
 import statistics
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import torch
-import torch.nn.functional as F  # noqa: N812 -- its name everywhere
 from matplotlib import pyplot as plt
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from page_tables import filled, markdown
+from small_lm import (
+    LanguageModel,
+    draw_tokens,
+    head_of_record,
+    lifetimes_of,
+    time_ratio,
+    token_loss,
+    torch_checkpoints,
+)
+from torch import Tensor
 
 import castwise as cw
 from castwise.memory.budget import plan_for_budget
-from castwise.memory.lifetimes import Ledger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator, Mapping
 
-    Way = Callable[[], contextlib.AbstractContextManager[Any]]
+    from small_lm import Way
 
-VOCABULARY = 61
+PAGE = Path(__file__).parents[1] / "docs" / "recompute.md"
 SHARES = (0.9, 0.75, 0.5, 0.25, 0.1)
-
-
-class Block(nn.Module):
-    """Pre-norm attention and a multilayer perceptron, with dropout."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.into, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:  # (batch, length, width)
-        """Add attention, then the perceptron."""
-        heads = self.into(self.norm1(x)).unflatten(-1, (3, 4, -1))
-        q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
-        heard = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + F.dropout(self.out(heard.transpose(1, 2).flatten(-2)), 0.1)
-        return x + F.dropout(self.down(F.gelu(self.up(self.norm2(x)))), 0.1)
-
-
-class Model(nn.Module):
-    """Embedding, blocks, head."""
-
-    def __init__(self, width: int, depth: int) -> None:
-        super().__init__()
-        self.table = nn.Embedding(VOCABULARY, width)
-        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
-        self.head = nn.Linear(width, VOCABULARY)
-        self.checkpoints = False
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Rate the next token everywhere."""
-        x = self.table(tokens)
-        for block in self.blocks:
-            if self.checkpoints:
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
-        return self.head(x)
-
-
-def loss_fn(logits: Tensor, wanted: Tensor) -> Tensor:
-    """Cross-entropy over all places."""
-    return F.cross_entropy(logits.flatten(0, 1), wanted.flatten())
 
 
 class Bench:
@@ -99,52 +59,32 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace) -> None:
         torch.manual_seed(0)
-        self.model = Model(args.width, args.depth)
-        tokens = torch.randint(VOCABULARY, (args.batch, args.length + 1))
-        self.batch = tokens[:, :-1], tokens[:, 1:]
+        self.model = LanguageModel(args.width, args.depth, dropout=0.1)
+        self.batch = draw_tokens(args.batch, args.length)
+
+    def loss(self) -> Tensor:
+        """A forward, with the same random numbers each time."""
+        torch.manual_seed(1)
+        return token_loss(self.model(self.batch[0]), self.batch[1])
 
     def step(self) -> None:
-        """A forward and a backward, with the same random numbers each time."""
-        torch.manual_seed(1)
+        """A forward and a backward."""
         self.model.zero_grad(set_to_none=True)
-        loss_fn(self.model(self.batch[0]), self.batch[1]).backward()
+        self.loss().backward()
 
     def gradients(self) -> list[Tensor]:
         """Those of a step."""
         self.step()
         return [weight.grad.clone() for weight in self.model.parameters()]
 
-    def seconds(self) -> float:
-        """CPU seconds of a step."""
-        start = time.process_time()
-        self.step()
-        return time.process_time() - start
-
     def peak(self) -> int:
         """The peak of a step above weights and batch."""
-        self.model.zero_grad(set_to_none=True)
-        ledger = Ledger(self.model)
-        for weight in self.model.parameters():
-            ledger.name(weight, kind="weights")
-        ledger.name_all(self.batch, kind="batch")
-        with ledger:
-            self.step()
-        lifetimes = ledger.lifetimes()
-        return lifetimes.peak()[1] - lifetimes.curve()[0]
+        lifetimes, standing = lifetimes_of(self.model, self.batch, self.loss)
+        return lifetimes.peak()[1] - standing
 
 
 @contextlib.contextmanager
-def torch_checkpoints(model: Model) -> Iterator[None]:
-    """The rival: written into the model."""
-    model.checkpoints = True
-    try:
-        yield
-    finally:
-        model.checkpoints = False
-
-
-@contextlib.contextmanager
-def planned(plan: Any, model: Model) -> Iterator[None]:
+def planned(plan: Any, model: LanguageModel) -> Iterator[None]:
     """A plan in force."""
     placed = plan.put(model)
     try:
@@ -157,14 +97,7 @@ def measure(bench: Bench, way: Way, plain: list[Tensor], turns: int) -> dict[str
     """Bytes, time against none, and whether gradients have the same bits."""
     with way():
         peak, found = bench.peak(), bench.gradients()
-    ratios = []
-    for turn in range(turns):
-        times = {}
-        for on in (True, False)[:: 1 - turn % 2 * 2]:
-            with way() if on else contextlib.nullcontext():
-                bench.seconds()
-                times[on] = bench.seconds()
-        ratios.append(times[True] / times[False])
+    ratios = [time_ratio(bench.step, way, turn) for turn in range(turns)]
     same = all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
     return {
         "peak_mb": peak / 1e6,
@@ -175,15 +108,15 @@ def measure(bench: Bench, way: Way, plain: list[Tensor], turns: int) -> dict[str
 
 def plans(bench: Bench) -> dict[str, Any]:
     """Plans for budgets between the least and none, exact and with fp16."""
-    full = cw.estimate(bench.model, bench.batch, loss_fn).peak_bytes
+    full = cw.estimate(bench.model, bench.batch, token_loss).peak_bytes
     least = cw.estimate(
-        bench.model, bench.batch, loss_fn, recompute=cw.recompute
+        bench.model, bench.batch, token_loss, recompute=cw.recompute
     ).peak_bytes
     return {
         f"budget {share:.0%}{' + fp16' if store else ''}": plan_for_budget(
             bench.model,
             bench.batch,
-            loss_fn,
+            token_loss,
             budget=int(least + share * (full - least)),
             store=store,
         )
@@ -214,6 +147,36 @@ def draw(rows: dict[str, dict[str, Any]], path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
+COLUMNS = ("way", "peak", "time", "gradients", "blocks recomputed", "stored in fp16")
+
+
+def table(record: Mapping[str, Any]) -> str:
+    """The table of the page."""
+    most = record["ways"]["none"]["peak_mb"]
+    rows = []
+    for name, row in record["ways"].items():
+        choices = row.get("choices")
+        share = "" if name == "none" else f" ({row['peak_mb'] / most - 1:+.0%})"
+        counts = (
+            ["", ""]
+            if choices is None
+            else [
+                f"{choices.count('recompute')} of {len(choices)}",
+                str(choices.count("store") or ""),
+            ]
+        )
+        rows.append(
+            [
+                name,
+                f"{row['peak_mb']:.2f} MB{share}",
+                f"{row['time_ratio']:.2f}",
+                "same bits" if row["same"] else "others",
+                *counts,
+            ]
+        )
+    return markdown(COLUMNS, rows)
+
+
 def main() -> None:
     """Measure, print, draw, and write the record."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -225,6 +188,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--picture", type=Path)
+    parser.add_argument("--page", action="store_true", help="write docs/recompute.md")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     bench = Bench(args)
@@ -251,20 +215,13 @@ def main() -> None:
             f"{'same bits' if row['same'] else 'other    '}  "
             f"{'' if plan is None else plan.summary()}"
         )
-    record = {
-        "date": dt.datetime.now(dt.UTC).date().isoformat(),
-        "torch": str(torch.__version__),
-        "castwise": cw.__version__,
-        "python": platform.python_version(),
-        "settings": {
-            k: v for k, v in vars(args).items() if k not in {"json", "picture"}
-        },
-        "ways": rows,
-    }
+    record = {**head_of_record(args), "ways": rows}
     if args.json is not None:
         args.json.write_text(json.dumps(record, indent=1) + "\n")
     if args.picture is not None:
         draw(rows, args.picture)
+    if args.page:
+        PAGE.write_text(filled(PAGE.read_text(), {"recompute": table(record)}))
 
 
 if __name__ == "__main__":

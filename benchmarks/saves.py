@@ -16,18 +16,15 @@ Bytes are counted, not sampled: of each storage alive (`castwise.memory.lifetime
 above weights and batch. Errors are against the same model in float64. Times are CPU
 seconds of the process: medians of the ratios of neighbouring turns, with quartiles.
 
-    python benchmarks/saves.py --json docs/accepted/saves.json
+    python benchmarks/saves.py --json docs/accepted/saves.json --page
     python benchmarks/saves.py --turns 2 --width 64
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
-import datetime as dt
 import json
-import platform
 import statistics
 import sys
 import tempfile
@@ -36,70 +33,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812 -- its name everywhere
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from page_tables import filled, markdown
+from small_lm import (
+    LanguageModel,
+    draw_tokens,
+    head_of_record,
+    lifetimes_of,
+    time_ratio,
+    token_loss,
+    torch_checkpoints,
+)
+from torch import Tensor
 
 import castwise as cw
-from castwise.memory.lifetimes import Ledger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    import contextlib
+    from collections.abc import Callable, Mapping
 
-VOCABULARY = 101
-
-
-class Block(nn.Module):
-    """Pre-norm attention and a multilayer perceptron."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.into, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:  # (batch, length, width)
-        """Add attention, then the perceptron."""
-        heads = self.into(self.norm1(x)).unflatten(-1, (3, 4, -1))
-        q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
-        heard = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(heard.transpose(1, 2).flatten(-2))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
-
-
-class Model(nn.Module):
-    """Embedding, blocks, head."""
-
-    def __init__(self, width: int, depth: int) -> None:
-        super().__init__()
-        self.table = nn.Embedding(VOCABULARY, width)
-        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, VOCABULARY)
-        self.checkpoints = False
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Rate the next token everywhere."""
-        x = self.table(tokens)
-        for block in self.blocks:
-            if self.checkpoints:
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
-        return self.head(self.norm(x))
-
-
-@contextlib.contextmanager
-def torch_checkpoints(model: Model) -> Iterator[None]:
-    """The rival of recompute: written into the model."""
-    model.checkpoints = True
-    try:
-        yield
-    finally:
-        model.checkpoints = False
-
-
+PAGE = Path(__file__).parents[1] / "docs" / "memory.md"
 FOLDER = tempfile.gettempdir()
-WAYS: dict[str, Callable[[Model], contextlib.AbstractContextManager[Any]]] = {
+WAYS: dict[str, Callable[[LanguageModel], contextlib.AbstractContextManager[Any]]] = {
     "fp16": lambda model: cw.store_saves(model, "fp16"),
     "bf16": lambda model: cw.store_saves(model, "bf16"),
     "int8": lambda model: cw.store_saves(model, "int8"),
@@ -119,9 +73,8 @@ class Bench:
     def __init__(self, args: argparse.Namespace, *, low: bool) -> None:
         torch.manual_seed(0)
         self.low = low
-        self.model = Model(args.width, args.depth)
-        tokens = torch.randint(VOCABULARY, (args.batch, args.length + 1))
-        self.x, self.y = tokens[:, :-1], tokens[:, 1:]
+        self.model = LanguageModel(args.width, args.depth)
+        self.x, self.y = draw_tokens(args.batch, args.length)
         exact = Bench.__new__(Bench)
         exact.low, exact.x, exact.y = False, self.x, self.y
         exact.model = copy.deepcopy(self.model).double()
@@ -130,8 +83,7 @@ class Bench:
     def loss(self) -> Tensor:
         """One forward."""
         with torch.autocast("cpu", torch.bfloat16, enabled=self.low):
-            logits = self.model(self.x)
-            return F.cross_entropy(logits.flatten(0, 1), self.y.flatten())
+            return token_loss(self.model(self.x), self.y)
 
     def gradient(self) -> Tensor:
         """All gradients of one step, as one vector."""
@@ -140,11 +92,15 @@ class Bench:
         self.model.zero_grad(set_to_none=True)
         return torch.cat(found).double()
 
+    def step(self) -> None:
+        """One forward and backward."""
+        self.loss().backward()
+        self.model.zero_grad(set_to_none=True)
+
     def seconds(self) -> float:
         """CPU seconds of one step."""
         start = time.process_time()
-        self.loss().backward()
-        self.model.zero_grad(set_to_none=True)
+        self.step()
         return time.process_time() - start
 
     def error(self) -> float:
@@ -153,19 +109,8 @@ class Bench:
 
     def bytes(self) -> tuple[int, int]:
         """Held between forward and backward, and the peak, above what stands."""
-        ledger = Ledger(self.model)
-        for weight in self.model.parameters():
-            ledger.name(weight, kind="weights")
-        ledger.name_all((self.x, self.y), kind="batch")
-        with ledger:
-            loss = self.loss()
-            ledger.begin("backward")
-            loss.backward()
-        self.model.zero_grad(set_to_none=True)
-        lifetimes = ledger.lifetimes()
-        curve = lifetimes.curve()
-        standing = curve[0]
-        held = curve[lifetimes.marks["backward"]] - standing
+        lifetimes, standing = lifetimes_of(self.model, (self.x, self.y), self.loss)
+        held = lifetimes.curve()[lifetimes.marks["backward"]] - standing
         return held, lifetimes.peak()[1] - standing
 
 
@@ -187,7 +132,10 @@ def measure(bench: Bench, turns: int) -> dict[str, dict[str, float]]:
         with put(bench.model):
             low_held, low_peak = bench.bytes()
             error = bench.error()
-        ratios = [_ratio(bench, put, turn) for turn in range(turns)]
+        ratios = [
+            time_ratio(bench.step, lambda put=put: put(bench.model), turn)
+            for turn in range(turns)
+        ]
         low, _, high = statistics.quantiles(ratios, n=4)
         found[way] = {
             "held_mb": low_held / 1e6,
@@ -203,14 +151,46 @@ def measure(bench: Bench, turns: int) -> dict[str, dict[str, float]]:
     return found
 
 
-def _ratio(bench: Bench, put: Callable[[Model], Any], turn: int) -> float:
-    """Time of a step over that of its neighbour without, in alternating order."""
-    times: dict[bool, float] = {}
-    for with_way in (True, False)[:: 1 - turn % 2 * 2]:
-        with put(bench.model) if with_way else contextlib.nullcontext():
-            bench.seconds()  # warm caches of this way
-            times[with_way] = bench.seconds()
-    return times[True] / times[False]
+COLUMNS = (
+    "compute",
+    "saves",
+    "held for the backward",
+    "peak of the step",
+    "gradient error",
+    "time (quartiles)",
+)
+
+
+def table(record: Mapping[str, Any]) -> str:
+    """The table of the page."""
+    rows = []
+    for compute in ("fp32", "bf16"):
+        for way, row in record[compute].items():
+            ratio = row.get("time_ratio")
+            plain = ratio is None
+            held, peak = (
+                f"{row[f'{what}_mb']:.2f} MB"
+                + ("" if plain else f" ({row[f'{what}_share'] - 1:+.0%})")
+                for what in ("held", "peak")
+            )
+            spread = (
+                f"{row['milliseconds']:.0f} ms"
+                if plain
+                else f"{ratio:.3f} ({row['lower_quartile']:.3f} "
+                f"to {row['upper_quartile']:.3f})"
+            )
+            name = {"fp32": "as torch", "torch.autocast": "as torch.autocast"}
+            rows.append(
+                (
+                    compute,
+                    name.get(way, way),
+                    held,
+                    peak,
+                    f"{row['error']:.2e}",
+                    spread,
+                )
+            )
+    return markdown(COLUMNS, rows)
 
 
 def show(name: str, rows: dict[str, dict[str, float]]) -> None:
@@ -240,20 +220,17 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=20)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--page", action="store_true", help="write docs/memory.md")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    record: dict[str, Any] = {
-        "date": dt.datetime.now(dt.UTC).date().isoformat(),
-        "torch": str(torch.__version__),
-        "castwise": cw.__version__,
-        "python": platform.python_version(),
-        "settings": {k: v for k, v in vars(args).items() if k != "json"},
-    }
+    record: dict[str, Any] = head_of_record(args)
     for low, name in ((False, "fp32"), (True, "bf16")):
         record[name] = measure(Bench(args, low=low), args.turns)
         show(f"{name} compute", record[name])
     if args.json is not None:
         args.json.write_text(json.dumps(record, indent=1) + "\n")
+    if args.page:
+        PAGE.write_text(filled(PAGE.read_text(), {"saves": table(record)}))
     sys.stdout.flush()
 
 
