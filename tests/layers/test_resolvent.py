@@ -36,7 +36,7 @@ def tier(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     else:
         assert resolvent_solve.kernel_available().value
     if request.param == "kernel in tiles":
-        monkeypatch.setattr(resolvent_kernel, "WHOLE", 0)
+        monkeypatch.setattr(resolvent_kernel, "TILE", 16)
     return str(request.param)
 
 

@@ -54,6 +54,9 @@ class Chain:
         return a.tolist(), k.tolist()
 
 
+_FP64, _FP32 = np.float64(1), np.float32(1)
+
+
 class Gradient(NamedTuple):
     """Analytic derivatives of the loss."""
 
@@ -88,8 +91,8 @@ def diagonal(chain: Chain, *, wide: bool) -> Tensor:
     else:
         starred = _star_fits(chain)
         out = _star_inverses(chain, wide)[0] if starred else _plain(chain, wide)
-        broken = ~torch.isfinite(torch.view_as_real(out)).all(-1).all(-1)
-    if broken.any():
+        broken = _any(~torch.isfinite(torch.view_as_real(out)).all(-1).all(-1))
+    if broken is not None:
         for row in broken_rows(chain, broken):
             a_row, k_row = chain.row(row)
             if chain.causal:
@@ -113,15 +116,20 @@ def broken_rows(chain: Chain, broken: Tensor) -> list[int]:
 def gradient(chain: Chain, upstream: Tensor, *, wide: bool, need_k: bool) -> Gradient:
     """Recompute the pivots from the inputs and run the exact adjoint."""
     if _kernel_fits(chain):
-        result = _kernel_backward(chain, upstream, wide, need_k)
-    elif _star_fits(chain):
-        result = _star_gradient(chain, upstream, wide, need_k)
+        result, broken = _kernel_backward(chain, upstream, wide, need_k)
     else:
-        result = _plain_gradient(chain, upstream, wide, need_k)
-    broken = ~torch.isfinite(torch.view_as_real(result.point))
-    if broken.any():
-        _repair(chain, upstream, result, broken.any(-1))
+        starred = _star_fits(chain)
+        run = _star_gradient if starred else _plain_gradient
+        result = run(chain, upstream, wide, need_k)
+        broken = _any(~torch.isfinite(torch.view_as_real(result.point)).all(-1))
+    if broken is not None:
+        _repair(chain, upstream, result, broken)
     return result
+
+
+def _any(broken: Tensor) -> Tensor | None:
+    """Return the marks of broken rows if there are any."""
+    return broken if broken.any() else None
 
 
 def _plain(chain: Chain, wide: bool) -> Tensor:
@@ -265,50 +273,68 @@ def _star_gradient(
     return adjoint(chain, *entries, upstream, need_k=need_k, scan=scan)
 
 
-def _kernel_inputs(chain: Chain, wide: bool) -> tuple[Any, ...]:
-    """Prepare the arguments that both entry points share."""
+def _kernel_inputs(chain: Chain, wide: bool) -> tuple[tuple[Any, ...], Any]:
+    """Prepare the arguments that both entry points share, and what must outlive them."""
     from castwise.layers.resolvent_kernel import scratch  # noqa: PLC0415 -- see above
 
-    compute: Any = np.float64 if wide else np.float32
-    num_rows, num_sites = chain.d.shape
+    d, k, z = chain.d.contiguous(), chain.k.contiguous(), chain.z.resolve_conj()
+    z = z.contiguous()
+    num_rows, num_sites = d.shape
+    one = _FP64 if wide else _FP32
+    tile, memory = scratch(num_sites, 8 * one.itemsize)
     return (
-        chain.d.contiguous().numpy(),
-        chain.k.contiguous().numpy(),
-        torch.view_as_real(chain.z.resolve_conj()).contiguous().numpy(),
-        compute(0 if chain.causal else 1),
-        *scratch(num_rows, num_sites, compute),
-    )
+        d.data_ptr(),
+        k.data_ptr(),
+        0 if len(k) == 1 else (num_sites - 1) * k.itemsize,
+        z.data_ptr(),
+        num_rows,
+        num_sites,
+        tile,
+        one - one if chain.causal else one,
+        _FP64 if d.dtype == torch.float64 else _FP32,
+        one,
+        memory,
+        np.empty(num_rows, dtype=np.bool_),
+    ), (d, k, z)
 
 
-def _kernel_forward(chain: Chain, wide: bool) -> tuple[Tensor, Tensor]:
+def _kernel_forward(chain: Chain, wide: bool) -> tuple[Tensor, Tensor | None]:
+    """Return the diagonal, and which rows broke."""
     from castwise.layers.resolvent_kernel import compiled  # noqa: PLC0415 -- see above
 
-    out = torch.empty(*chain.d.shape, 2, dtype=chain.d.dtype)
-    broken = np.zeros(len(chain.d), dtype=np.bool_)
-    compiled().forward(*_kernel_inputs(chain, wide), out.numpy(), broken)
-    return torch.view_as_complex(out), torch.from_numpy(broken)
+    inputs, held = _kernel_inputs(chain, wide)
+    out = torch.empty(chain.d.shape, dtype=chain.d.dtype.to_complex())
+    compiled().forward(*inputs, out.data_ptr())
+    del held
+    return out, _marked(inputs[-1])
+
+
+def _marked(bad: Any) -> Tensor | None:
+    """Return the marks of a kernel if there are any; asking NumPy is cheaper."""
+    return torch.from_numpy(bad) if bad.any() else None
 
 
 def _kernel_backward(
     chain: Chain, upstream: Tensor, wide: bool, need_k: bool
-) -> Gradient:
+) -> tuple[Gradient, Tensor | None]:
+    """Return the gradient, and which rows broke."""
     from castwise.layers.resolvent_kernel import compiled  # noqa: PLC0415 -- see above
 
+    inputs, held = _kernel_inputs(chain, wide)
     num_rows, num_sites = chain.d.shape
-    site = torch.empty_like(chain.d, memory_format=torch.contiguous_format)
-    bond = torch.empty(num_rows, num_sites - 1 if need_k else 0, 2, dtype=chain.d.dtype)
-    point = torch.zeros(num_rows, 2, dtype=torch.float64)
-    grad = torch.view_as_real(upstream.resolve_conj()).to(chain.d.dtype).contiguous()
+    complex_dtype = chain.d.dtype.to_complex()
+    grad = upstream.to(complex_dtype).resolve_conj().contiguous()
+    site = torch.empty(num_rows, num_sites, dtype=chain.d.dtype)
+    bond = None
+    if need_k:
+        bond = torch.empty(num_rows, num_sites - 1, dtype=complex_dtype)
+    point = torch.empty(num_rows, dtype=torch.complex128)
     compiled().backward(
-        *_kernel_inputs(chain, wide),
-        grad.numpy(),
-        need_k,
-        site.numpy(),
-        bond.numpy(),
-        point.numpy(),
+        *inputs,
+        grad.data_ptr(),
+        site.data_ptr(),
+        0 if bond is None else bond.data_ptr(),
+        point.data_ptr(),
     )
-    return Gradient(
-        site,
-        torch.view_as_complex(bond) if need_k else None,
-        torch.view_as_complex(point),
-    )
+    del held
+    return Gradient(site, bond, point), _marked(inputs[-1])
