@@ -84,7 +84,7 @@ def test_an_accepted_jump_moves_every_tensor_by_its_delta() -> None:
     trainer = task.trainer(settings(verification_z=0.0), optimizer=optimizer)
     step = run_to_predict(trainer, task)
     before = bits_of(task.model, optimizer)
-    proposal = trainer.predictor.propose(trainer.horizon)
+    proposal = copy.deepcopy(trainer.predictor.propose(trainer.horizon))
     done = trainer.step(task.batch(step))
     assert done.transition is not None
     assert done.transition.target == "correct"
@@ -567,3 +567,35 @@ def test_memory_is_measured_by_phase() -> None:
     for phase, count in trainer.statistics.phases.items():
         assert (count.peak_bytes > 0) == (count.steps > 0), phase
         assert count.held_bytes <= count.peak_bytes
+
+
+@pytest.mark.parametrize("correct_steps", [3, 9])
+@pytest.mark.parametrize("predictor", ["rna", "outer_nesterov"])
+def test_a_landing_that_the_predictor_keeps_teaches_the_same_gains(
+    predictor: str, correct_steps: int
+) -> None:
+    """Promise and landing, kept by the trial or told by the predictor's window.
+
+    With 9 corrective steps the predictor is at its next window before they are over.
+    """
+    gains = []
+    for told in (True, False):
+        task = SmallTask()
+        options = {"num_iterates": 2} if predictor == "rna" else {}
+        trainer = task.trainer(
+            settings(
+                predictor=predictor,
+                predictor_options=options,
+                correct_steps=correct_steps,
+                verification="none",
+                confidence_threshold=0.01,
+            )
+        )
+        trainer.predictor.keeps_start = told  # type: ignore[misc]
+        torch.manual_seed(1)
+        for step in range(60):
+            trainer.step(task.batch(step))
+        assert trainer.statistics.accepts > 1
+        gains.append([each.gain for each in trainer.residuals.last.values()])
+    assert len(gains[0]) == 6
+    assert gains[0] == pytest.approx(gains[1], rel=1e-2)

@@ -181,3 +181,22 @@ def test_a_refused_prediction_leaves_no_trace() -> None:
     trainer.step(task.batch(step))
     assert trainer.statistics.refusals == 1
     assert_same_bits(bits_of(task.model, optimizer), before)
+
+
+def test_no_copy_stays_in_memory_while_moments_rest() -> None:
+    """Weights that were left are on disk with the moments; the line is the anchors'."""
+    task = SmallTask()
+    trainer = task.trainer(settings(verification="none", correct_steps=3))
+    step = 0
+    while trainer.phase != "correct":
+        trainer.step(task.batch(step))
+        step += 1
+    kept = trainer._prediction
+    assert kept is not None
+    assert (kept.promise, kept.landing) == (None, None)
+    large = {name for name, w in task.model.named_parameters() if w.nbytes >= 256}
+    assert large
+    for name in large:
+        assert kept.snapshot["weights"][name].keys() == {"resting"}
+        moments = kept.snapshot["moments"][name]
+        assert moments["exp_avg"].keys() == {"resting"}

@@ -2,16 +2,17 @@
 
 A prediction moves weights in fp32, whatever the phase computes in: rounded to bf16,
 most of it would be lost. Where a weight storage holds 16-bit weights, the fp32 weight
-is joined before and taken apart after.
+is joined before and taken apart after, one tensor at a time.
 
-A snapshot holds what a prediction could change (weights, buffers, random states), and
-on demand what corrective steps change too (optimizer states, loss scale). It is plain
-data, so that a checkpoint can hold it.
+A snapshot holds what a prediction could change (weights with what stands beside them,
+buffers, random states), and on demand what corrective steps change too (optimizer
+states, loss scale). It is plain data, so that a checkpoint can hold it. Where optimizer
+states rest elsewhere in predict, the copies of the weights lie there as well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias, final
 
 import torch
@@ -81,75 +82,115 @@ class ExactWeights:
         """The parameters themselves, as the model and its optimizer know them."""
         return dict(self._weights)
 
-    def values(self) -> dict[str, Tensor]:
-        """The weights in fp32 or wider; may alias the parameters, so only to read."""
-        joined = {} if self._held is None else self._held.fp32_weights(self._run.model)
-        return {
-            name: wide(joined.get(name, weight).detach())
-            for name, weight in self._weights.items()
-        }
+    def values(self) -> Mapping[str, Tensor]:
+        """The weights in fp32 or wider; may alias the parameters, so only to read.
+
+        Each is joined when it is looked up, so that no two stand in memory together.
+        """
+        return _Looked(self._weights, self.value)
+
+    def value(self, name: str) -> Tensor:
+        """One weight in fp32 or wider; may alias the parameter, so only to read."""
+        weight = self._weights[name]
+        full = None if self._held is None else self._held.full_of(weight)
+        return wide(weight.detach()) if full is None else full
 
     @torch.no_grad()
-    def write(self, values: Mapping[str, Tensor]) -> None:
-        """Make these the weights, with every bit that the storage can hold."""
-        if self._held is None:
-            for name, weight in self._weights.items():
-                weight.copy_(values[name])
-            return
-        names = {weight: name for name, weight in self._weights.items()}
-        model = self._run.model
-        tree = {
-            place: values[names[tensor]] if tensor in names else tensor.detach()
-            for place, tensor in model.state_dict(keep_vars=True).items()
-        }
-        self._held.load_fp32_weights(model, tree)
+    def write(self, name: str, value: Tensor) -> None:
+        """Make this the weight, with every bit that the storage can hold."""
+        weight = self._weights[name]
+        if self._holds(weight):
+            self._held_weights.write_full(weight, value)
+        else:
+            weight.copy_(value)
 
     def snapshot(self, *, moments: bool) -> Snapshot:
         """Copy what a rollback needs.
 
         Args:
-            moments: Whether optimizer states and loss scale are copied too. A weight
-                storage keeps part of each weight there, so then they always are.
+            moments: Whether optimizer states and loss scale are copied too.
         """
-        model = self._run.model
+        run, marked = self._run, self._resting.marked
         return {
-            "weights": {name: w.detach().clone() for name, w in self._weights.items()},
-            "buffers": {name: b.detach().clone() for name, b in model.named_buffers()},
+            "weights": marked(self._weights),
+            "beside": marked(self._beside()),
+            "buffers": marked(dict(run.model.named_buffers())),
             "random": capture_random_states(),
-            "moments": self._moments() if moments or self._held is not None else None,
-            "scale": self._run.loss_scale.state_dict() if moments else None,
+            "moments": self._moments() if moments else None,
+            "scale": run.loss_scale.state_dict() if moments else None,
         }
 
-    def exact_start(self, snapshot: Snapshot) -> dict[str, Tensor]:
-        """The weights of a snapshot that was just taken, in fp32; only to read."""
-        if self._held is not None:
-            return {name: value.clone() for name, value in self.values().items()}
-        return {name: wide(weight) for name, weight in snapshot["weights"].items()}
+    def store(self) -> None:
+        """Copy moments and weights to where moments rest; a snapshot marks them."""
+        pieces = [
+            each for beside in self._beside().values() for each in beside.values()
+        ]
+        self._resting.store([*self._weights.values(), *pieces])
+
+    def left(self, snapshot: Snapshot, name: str) -> Tensor:
+        """One weight of a snapshot, in fp32 or wider; only to read."""
+        weight, kept, beside = self._pieces(snapshot, name)
+        if not self._holds(weight):
+            return wide(kept)
+        return self._held_weights.full_from(weight, kept, beside)
+
+    @torch.no_grad()
+    def put_back(self, snapshot: Snapshot, name: str) -> None:
+        """Make one weight of a snapshot the weight again, bit by bit."""
+        weight, kept, beside = self._pieces(snapshot, name)
+        if self._holds(weight):
+            self._held_weights.put_back(weight, kept, beside)
+        else:
+            weight.copy_(kept)
 
     @torch.no_grad()
     def restore(self, snapshot: Snapshot) -> None:
         """Put everything back that the snapshot holds, bit by bit."""
         self._resting.wake()
-        for name, weight in self._weights.items():
-            weight.copy_(snapshot["weights"][name])
+        for name in self._weights:
+            self.put_back(snapshot, name)
         for name, buffer in self._run.model.named_buffers():
             if name in snapshot["buffers"]:
                 buffer.copy_(snapshot["buffers"][name])
         if snapshot["moments"] is not None:
-            self._restore_moments(self._resting.filled(snapshot["moments"]))
+            self._restore_moments(snapshot["moments"])
         if snapshot["scale"] is not None:
             self._run.loss_scale.load_state_dict(snapshot["scale"])
         restore_random_states(snapshot["random"])
 
     def portable(self, snapshot: Snapshot) -> Snapshot:
         """Return a snapshot that holds all of its tensors itself, for a checkpoint."""
-        return {**snapshot, "moments": self._resting.filled(snapshot["moments"])}
+        filled: Snapshot = self._resting.filled(snapshot)
+        return filled
+
+    @property
+    def _held_weights(self) -> HeldWeights:
+        assert self._held is not None, "a held weight has a hold"
+        return self._held
+
+    def _holds(self, weight: Tensor) -> bool:
+        return self._held is not None and self._held.storage_of(weight) is not None
+
+    def _beside(self) -> dict[str, dict[str, Tensor]]:
+        """What weight storages keep beside the weights, by name of the weight."""
+        if self._held is None:
+            return {}
+        found = {name: self._held.beside(w) for name, w in self._weights.items()}
+        return {name: beside for name, beside in found.items() if beside}
+
+    def _pieces(
+        self, snapshot: Snapshot, name: str
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """A parameter, and the copies of its weight and of what stood beside it."""
+        weight = self._weights[name]
+        kept = self._resting.filled(snapshot["weights"][name])
+        beside = self._resting.filled(snapshot["beside"].get(name, {}))
+        there = {key: value.to(weight.device) for key, value in beside.items()}
+        return weight, kept.to(weight.device), there
 
     def _moments(self) -> Any:
         """Copy what the optimizer keeps; its rates are the schedule's, not ours."""
         optimizer = self._run.optimizer
-        if self._held is not None:
-            return self._resting.marked(optimizer.state_dict()["state"])
         return {
             name: self._resting.marked(dict(optimizer.state[weight]))
             for name, weight in self._weights.items()
@@ -158,16 +199,31 @@ class ExactWeights:
 
     def _restore_moments(self, moments: Any) -> None:
         optimizer = self._run.optimizer
-        if self._held is not None:
-            groups = optimizer.state_dict()["param_groups"]
-            state = {"state": _copied(moments), "param_groups": groups}
-            optimizer.load_state_dict(state)
-            return
         for name, weight in self._weights.items():
             if name in moments:
-                _write_into(optimizer.state[weight], moments[name])
+                filled = self._resting.filled(moments[name])
+                _write_into(optimizer.state[weight], filled)
             else:
                 optimizer.state.pop(weight, None)
+
+
+@final
+class _Looked(Mapping[str, Tensor]):
+    """A mapping whose values are made when they are looked up."""
+
+    def __init__(self, names: Mapping[str, Any], look: Callable[[str], Tensor]) -> None:
+        self._names, self._look = names, look
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._look(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def _write_into(state: dict[str, Any], moments: Mapping[str, Any]) -> None:

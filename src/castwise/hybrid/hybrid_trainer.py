@@ -346,6 +346,8 @@ class HybridTrainer:
             self._end_trial(take_back=alarm.level == "warning")
         to_predict = transition is not None and transition.target == Phase.PREDICT
         if ended and not to_predict and self.predictor.window_ended:
+            if self._prediction is not None:
+                self._prediction.keep_landing(self._told())
             self.predictor.settle("not_asked")
         return transition
 
@@ -364,9 +366,9 @@ class HybridTrainer:
         if prediction is None:
             return
         if prediction.num_corrected:
-            for name, value in self._weights.values().items():  # one at a time in fp32
-                promised = prediction.promised_step(name)
-                real = prediction.real_step(name, value)
+            told = self._told()
+            for name in self._weights.parameters():  # one at a time in fp32
+                promised, real = prediction.steps(self._weights, name, told)
                 self.residuals.learn({name: promised}, {name: real})
         if take_back and self.settings.late_rollback:
             self._take_back(prediction, lost=prediction.num_corrected)
@@ -377,6 +379,10 @@ class HybridTrainer:
         elif prediction.num_corrected:
             self.averages.update()
         self._resting.forget()
+
+    def _told(self) -> Mapping[str, Tensor]:
+        """The start of the predictor's window, if it keeps one; only to read."""
+        return self.predictor.start_of_window() if self.predictor.keeps_start else {}
 
     # Predictions.
 
@@ -391,7 +397,7 @@ class HybridTrainer:
             )
         except BaseException:
             self._weights.restore(prediction.snapshot)
-            self._prediction = None  # the next step proposes again
+            prediction.begin_again()  # with the next step
             raise
         if finding.evidence.prediction == "refused":
             self._take_back(prediction, lost=0)
@@ -417,14 +423,12 @@ class HybridTrainer:
         self.statistics.tries += 1
         trial = self.settings.correct_steps > 0 and self.settings.late_rollback
         if self._resting.is_on:
-            self._timed_rest(self._resting.store)
-        snapshot = self._weights.snapshot(moments=trial)
+            self._timed_rest(self._weights.store)
         return Prediction(
             horizon=horizon,
-            start=self._weights.exact_start(snapshot),
             promise=proposal,
-            delta=self.residuals.scaled(proposal),
-            snapshot=snapshot,
+            gains={name: self.residuals.gain(name) for name in proposal},
+            snapshot=self._weights.snapshot(moments=trial),
             confidence=self.confidence,
         )
 
@@ -451,6 +455,7 @@ class HybridTrainer:
             self.statistics.credited_steps += worth
         self._lengths.accepted(credited=worth, paid=prediction.paid)
         self.predictor.settle("landed")
+        prediction.land(told=self.predictor.keeps_start)
         self.confidence = None
         self._pace.reset()
         if self.settings.correct_steps == 0:

@@ -6,9 +6,10 @@
     correct    what full holds, and the trial
 
 The *trial* is what can take a prediction back and learn from it: a copy of the weights,
-the proposal, the landing while it is written, and, for a late rollback, a copy of the
-moments. Where optimizer states rest in predict (`predict_states`), neither they nor
-their copy are held then; in correct they are back, and the copy still is elsewhere.
+a copy of the moments for a late rollback, and the proposal, where the predictor has no
+memory for it. In correct a predictor that keeps the landing has the proposal, too.
+Where optimizer states rest in predict (`predict_states`), neither they nor any copy are
+held then; in correct they are back, and the copies still are elsewhere.
 
 The format of a phase changes the activations alone, since weights and whatever
 belongs to them stay in fp32. A low predict phase therefore never lowers the peak, which
@@ -110,6 +111,11 @@ def estimate_memory(
         config = settings.mixed_precision_config
         fmt = config.precision_for_phase(phase)
         bits = 32 if fmt == "tf32" else FORMATS[fmt].bits
+        proposed = phase is Phase.PREDICT or not predictor.keeps_start
+        trial = (not rests) * copy + keeps_moments * moments
+        trial += proposed * round(
+            predictor.proposal_bytes_per_parameter * num_parameters
+        )
         on_trial = phase in {Phase.PREDICT, Phase.CORRECT}
         passing = saved_activations if phase.computes_backward else forward_activations
         phases[phase] = PhaseMemory(
@@ -117,8 +123,7 @@ def estimate_memory(
             gradients=copy if phase.computes_backward else 0,
             moments=0 if rests and phase is Phase.PREDICT else moments,
             predictor=round(predictor.bytes_per_parameter * num_parameters),
-            trial=on_trial * (2 * copy + keeps_moments * moments)
-            + (phase is Phase.PREDICT) * copy,
+            trial=on_trial * trial,
             activations=passing * bits // 32,
         )
     return MemoryEstimate(phases=phases)

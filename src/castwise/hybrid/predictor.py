@@ -7,6 +7,10 @@
     predictor.propose(horizon)       name -> fp32 delta, worth `horizon` steps
     predictor.settle(outcome)        what became of it; the next window begins
 
+A proposal may be written into the predictor's own memory, and is then good until the
+next settlement. A predictor that keeps the weights at which a window began
+(`keeps_start`) lends them to whoever asks what came of a landing.
+
 A skipped step is no update and is not observed. A window that ends without being asked
 is settled as `not_asked`. Every trained parameter has to be in a proposal, under its
 name in `named_parameters()`: a name too many or too few is an error.
@@ -36,6 +40,16 @@ class Predictor(ABC):
 
     bytes_per_parameter: float = 0.0
     """What it keeps between steps, per trained number."""
+
+    proposal_bytes_per_parameter: float = 4.0
+    """What a proposal takes beside that, per trained number."""
+
+    keeps_start: ClassVar[bool] = False
+    """Whether `start_of_window` can be asked."""
+
+    def start_of_window(self) -> Mapping[str, Tensor]:
+        """Return the weights that this window began at, in fp32; only to read."""
+        raise NotImplementedError(f"{self.name} keeps no start of a window")
 
     @abstractmethod
     def begin(self, weights: ExactWeights) -> None:

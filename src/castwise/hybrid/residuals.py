@@ -19,8 +19,6 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from castwise.hybrid.exact_weights import Deltas
-
 LEAST_GAIN = 0.05
 """A tensor that is not moved at all could never show that it is predictable again."""
 
@@ -55,13 +53,6 @@ class Residuals:
     def gain(self, name: str) -> float:
         """What the next proposal for a tensor is multiplied by."""
         return max(LEAST_GAIN, self._gains.get(name, 1.0))
-
-    def scaled(self, proposal: Mapping[str, Tensor]) -> Deltas:
-        """Return the proposal times the gains; at first it is the proposal itself."""
-        return {
-            name: delta if self.gain(name) == 1.0 else delta * self.gain(name)
-            for name, delta in proposal.items()
-        }
 
     @torch.no_grad()
     def learn(self, promised: Mapping[str, Tensor], real: Mapping[str, Tensor]) -> None:

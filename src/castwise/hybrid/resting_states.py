@@ -2,9 +2,10 @@
 
 A predict phase reads no moment, so they can be elsewhere meanwhile: in the memory of
 the host, or in a file. What is left of a tensor is an empty one in its place.
-The copy elsewhere is also what a late rollback needs, so none is made beside it.
+The copy elsewhere is also what a late rollback needs, so none is made beside it. What
+else a rollback needs, the weights, is copied to the same place and stays where it is.
 
-    resting.store()                 copy the moments to their place
+    resting.store(weights)          copy the moments, and these, to their place
     marks = resting.marked(tree)    a copy of a tree of states, with marks for those
     resting.release()               free their memory
     resting.wake()                  every bit is back
@@ -59,10 +60,11 @@ class _Host(_Shelf):
 
     def put(self, tensors: Sequence[Tensor]) -> None:
         for at, tensor in enumerate(tensors):
-            if at == len(self._copies):
+            found = self._copies[at] if at < len(self._copies) else None
+            if found is None or _kind(found) != _kind(tensor):
                 pinned = tensor.device.type == "cuda"
                 copy = torch.empty_like(tensor, device="cpu", pin_memory=pinned)
-                self._copies.append(copy)
+                self._copies[at : at + 1] = [copy]
             self._copies[at].copy_(tensor)
 
     def get(self, at: int) -> Tensor:
@@ -122,7 +124,8 @@ class RestingStates:
     def __init__(self, optimizer: torch.optim.Optimizer, place: Place) -> None:
         self._optimizer, self.place = optimizer, place
         self._shelf: _Shelf = _Host() if place == "host" else _Disk()
-        self._stored: list[Tensor] = []  # tensors of which a copy exists
+        self._stored: list[Tensor] = []  # moments of which a copy exists
+        self._copied: list[Tensor] = []  # others, which never leave
         self._away: list[Tensor] = []  # their shapes while they rest, else nothing
         if place == "stay":
             return
@@ -154,8 +157,8 @@ class RestingStates:
         return sum(each.numel() * each.element_size() for each in self._away)
 
     @torch.no_grad()
-    def store(self) -> None:
-        """Copy every large tensor of the states to its place."""
+    def store(self, others: Sequence[Tensor] = ()) -> None:
+        """Copy every large tensor of the states to its place, and others there too."""
         self.wake()
         self._stored = [
             value
@@ -163,7 +166,8 @@ class RestingStates:
             for value in state.values()
             if _can_rest(value)
         ]
-        self._shelf.put(self._stored)
+        self._copied = [each for each in others if each.nbytes >= _LEAST_BYTES]
+        self._shelf.put([*self._stored, *self._copied])
 
     def release(self) -> None:
         """Give back the memory of what was stored."""
@@ -187,12 +191,13 @@ class RestingStates:
     def forget(self) -> None:
         """Drop the copies."""
         self.wake()
-        self._stored = []
+        self._stored, self._copied = [], []
         self._shelf.clear()
 
     def marked(self, tree: Any) -> Any:
         """Copy a tree of states, with a mark in place of every stored tensor."""
-        places = {id(each): at for at, each in enumerate(self._stored)}
+        every = [*self._stored, *self._copied]
+        places = {id(each): at for at, each in enumerate(every)}
         return _copied(tree, places)
 
     def filled(self, tree: Any) -> Any:
@@ -204,6 +209,10 @@ class RestingStates:
         if isinstance(tree, list | tuple):
             return type(tree)(self.filled(value) for value in tree)
         return tree
+
+
+def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
+    return tensor.shape, tensor.dtype
 
 
 def _can_rest(value: Any) -> bool:

@@ -185,6 +185,38 @@ class HeldWeights:
         held = self._held.get(id(parameter))
         return {} if held is None else dict(held.extras)
 
+    def full_of(self, parameter: torch.Tensor) -> torch.Tensor | None:
+        """Return one exact weight in fp32, only to read; None where it is not held."""
+        held = self._held.get(id(parameter))
+        if held is None:
+            return None
+        held.notice_foreign_write()
+        return held.full()
+
+    @torch.no_grad()
+    def write_full(self, parameter: torch.Tensor, full: torch.Tensor) -> None:
+        """Make an fp32 tensor the weight of a held parameter, as an update does."""
+        held = self._held[id(parameter)]
+        held.storage.part(full, held.weight, held.extras)
+        held.remember_version()
+
+    def full_from(
+        self, parameter: torch.Tensor, weight: torch.Tensor, extras: Extras
+    ) -> torch.Tensor:
+        """Return the fp32 weight that copies of both of its pieces stood for."""
+        return self._held[id(parameter)].storage.join(weight, extras)
+
+    @torch.no_grad()
+    def put_back(
+        self, parameter: torch.Tensor, weight: torch.Tensor, extras: Extras
+    ) -> None:
+        """Make copies of both pieces of a weight the weight again, bit by bit."""
+        held = self._held[id(parameter)]
+        held.weight.copy_(weight)
+        for name, value in extras.items():
+            held.extras[name].copy_(value)
+        held.remember_version()
+
     @property
     def parameter_wise(self) -> Decision[bool]:
         """Whether the optimizer is stepped a few parameters at a time, and why."""

@@ -26,6 +26,8 @@ class IteratesPredictor(WindowedPredictor):
         num_iterates: How many steps are combined, 2 or more.
     """
 
+    keeps_start = True
+
     def __init__(self, *, window: int, num_iterates: int) -> None:
         super().__init__(window=window)
         if num_iterates < 2 or window % num_iterates:
@@ -51,6 +53,10 @@ class IteratesPredictor(WindowedPredictor):
                 delta.add_(after[name] - before[name], alpha=weight)
             deltas[name] = delta
         return deltas
+
+    def start_of_window(self) -> Mapping[str, Tensor]:
+        """Return the first iterate."""
+        return self._iterates[0]
 
     @abstractmethod
     def _combination(self, gram: Tensor, num_steps: float) -> Sequence[float]:

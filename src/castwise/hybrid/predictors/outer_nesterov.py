@@ -36,6 +36,8 @@ class OuterNesterov(WindowedPredictor):
 
     name = "outer_nesterov"
     bytes_per_parameter = 8.0
+    proposal_bytes_per_parameter = 8.0
+    keeps_start = True
 
     def __init__(
         self, *, window: int = 20, momentum: float = 0.5, rate: float = 0.7
@@ -66,6 +68,10 @@ class OuterNesterov(WindowedPredictor):
             deltas[name] = goal - step
         return deltas
 
+    def start_of_window(self) -> Mapping[str, Tensor]:
+        """Return the slow weights."""
+        return self._slow
+
     def settle(self, outcome: Settlement) -> None:
         """Take over the momentum of a landing; a refused one never was."""
         if outcome == "landed":
@@ -75,7 +81,10 @@ class OuterNesterov(WindowedPredictor):
 
     def _keep(self, values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():
-            self._slow[name] = value.clone()
+            if name in self._slow:
+                self._slow[name].copy_(value)
+            else:
+                self._slow[name] = value.clone()
             self._buffer.setdefault(name, torch.zeros_like(value))
 
     def _kept(self) -> Any:
