@@ -1,9 +1,12 @@
 """Estimated memory of a training step beside what a real step takes, and beside rivals.
 
-    python benchmarks/estimate.py                       # about a quarter of an hour
-    python benchmarks/estimate.py --only gpt2 --tiny    # seconds
+    python benchmarks/estimate.py --jobs 2 --page       # what is not recorded yet
+    python benchmarks/estimate.py --only gpt2 --tiny --json /tmp/tiny.json
 
-Every row is a process of its own, and in it stand, in this order:
+Forty rows: five models in three policies and with 8-bit states, each with and without
+recompute. The record is complete after each row, so that a run which was stopped goes
+on where it was (`--fresh` begins anew), and several rows run side by side. Every row is
+a process of its own, and in it stand, in this order:
 
     estimate    castwise.estimate, before anything ran, with the seconds it took
     tracker     torch.distributed._tools.MemTracker, torch's own, under fake tensors; it
@@ -23,21 +26,25 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime as dt
 import json
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import torch
+from estimate_models import CASES, build
+from page_tables import filled, markdown
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn import functional
 
 from castwise import prepare, preset
+from castwise.checkpoints.durable import replace_file
 from castwise.memory.estimate import estimate
 from castwise.memory.estimate_fakes import fake_like, fake_model
 from castwise.memory.lifetimes import tensors_within
@@ -47,7 +54,6 @@ from castwise.optim import AdamW, SweepSettings
 from castwise.training.step import Run
 from castwise.training.step_memory import watch_step
 
-CASES = ("kenken", "gpt2", "llama", "vit", "conv")
 POLICIES = ("32-true", "bf16-mixed", "bf16-true")
 KINDS = ("torch", "adamw8bit")
 BLOCKS = {
@@ -58,129 +64,8 @@ BLOCKS = {
     "conv": "stages.?",
 }
 MB = 1e6
-
-
-class Residual(nn.Module):
-    """Two convolutions beside an identity."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(width, width, 3, padding=1, bias=False),
-            nn.BatchNorm2d(width),
-            nn.ReLU(),
-            nn.Conv2d(width, width, 3, padding=1, bias=False),
-            nn.BatchNorm2d(width),
-        )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Run the block."""
-        return functional.relu(x + self.body(x))
-
-
-class ConvNet(nn.Module):
-    """A small residual network."""
-
-    def __init__(self, width: int, depth: int) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, width, 3, padding=1, stride=2)
-        self.stages = nn.ModuleList(Residual(width) for _ in range(depth))
-        self.head = nn.Linear(width, 100)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return logits."""
-        x = self.stem(x)
-        for stage in self.stages:
-            x = stage(x)
-        return self.head(x.mean((2, 3)))
-
-
-def lm_loss(output: Any, target: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of a language model of transformers."""
-    return functional.cross_entropy(output.logits.flatten(0, 1), target.flatten())
-
-
-def image_loss(output: Any, target: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of an image classifier."""
-    logits = getattr(output, "logits", output)
-    return functional.cross_entropy(logits, target)
-
-
-def build(case: str, *, tiny: bool) -> tuple[nn.Module, tuple[Any, ...], Any]:
-    """Return a model in training mode, a batch, and a loss."""
-    torch.manual_seed(0)
-    if case == "kenken":
-        return _kenken(tiny=tiny)
-    if case == "conv":
-        model: nn.Module = ConvNet(16 if tiny else 64, 2 if tiny else 6)
-        side, rows = (16, 3) if tiny else (96, 24)
-        images = torch.randn(rows, 3, side, side)
-        return model, (images, torch.randint(100, (rows,))), image_loss
-    model, batch = _transformer(case, tiny=tiny)
-    return model.train(), batch, image_loss if case == "vit" else lm_loss
-
-
-def _kenken(*, tiny: bool) -> tuple[nn.Module, tuple[Any, ...], Any]:
-    from castwise.recipes.kenken.dry_run import largest_batches  # noqa: PLC0415 -- numba
-    from castwise.recipes.kenken.model import (  # noqa: PLC0415 -- as above
-        KenKenModel,
-        completion_loss,
-        model_settings,
-    )
-    from castwise.recipes.kenken.settings import settings_of  # noqa: PLC0415 -- as above
-
-    settings = settings_of("tiny" if tiny else "small", {})
-    drawn = largest_batches(settings)
-    batch = drawn[max(drawn)]
-    model = KenKenModel(model_settings(settings.model))
-    given = (batch.tokens, batch.alphabet, batch.relations, batch)
-    return model, given, completion_loss
-
-
-def _transformer(case: str, *, tiny: bool) -> tuple[nn.Module, tuple[Any, ...]]:
-    import transformers  # noqa: PLC0415 -- only three cases need it
-
-    transformers.logging.set_verbosity_error()
-    width, depth, length, rows = (48, 2, 33, 2) if tiny else (384, 6, 256, 8)
-    words = 101 if tiny else 8192
-    tokens = torch.randint(words, (rows, length))
-    common = {"use_cache": False, "bos_token_id": None, "eos_token_id": None}
-    if case == "gpt2":
-        config = transformers.GPT2Config(
-            vocab_size=words,
-            n_positions=length,
-            n_embd=width,
-            n_layer=depth,
-            n_head=6,
-            **common,
-        )
-        return transformers.GPT2LMHeadModel(config), (tokens, tokens)
-    if case == "llama":
-        config = transformers.LlamaConfig(
-            vocab_size=words,
-            hidden_size=width,
-            intermediate_size=3 * width,
-            num_hidden_layers=depth,
-            num_attention_heads=6,
-            num_key_value_heads=2,
-            **common,
-        )
-        return transformers.LlamaForCausalLM(config), (tokens, tokens)
-    side = 32 if tiny else 112
-    config = transformers.ViTConfig(
-        hidden_size=width,
-        num_hidden_layers=depth,
-        num_attention_heads=6,
-        intermediate_size=4 * width,
-        image_size=side,
-        patch_size=8,
-        num_labels=100,
-    )
-    images = torch.randn(rows, 3, side, side)
-    return transformers.ViTForImageClassification(config), (
-        images,
-        torch.randint(100, (rows,)),
-    )
+PAGE = Path(__file__).parents[1] / "docs" / "estimate.md"
+RECORD = Path(__file__).parents[1] / "docs" / "accepted" / "estimate.json"
 
 
 def optimizer_of(kind: str) -> Callable[[Any], torch.optim.Optimizer]:
@@ -304,68 +189,148 @@ def tracked(
     return int(next(iter(peak.values()))["Total"])
 
 
-def main() -> None:
-    """Run every row in a process of its own, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+Row = tuple[str, str, str, str]
+"""Case, policy, optimizer, and whether blocks are recomputed: 0 or 1."""
+
+
+def all_rows(only: str | None) -> list[Row]:
+    """Every row that there is, or those of one case."""
+    kinds = [(policy, "torch") for policy in POLICIES] + [("bf16-true", KINDS[1])]
+    return [
+        (case, policy, kind, again)
+        for case in (CASES if only is None else (only,))
+        for policy, kind in kinds
+        for again in ("0", "1")
+    ]
+
+
+def main() -> int:
+    """Run every row that is not recorded in a process of its own; print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", choices=CASES)
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--jobs", type=int, default=1, help="rows side by side")
+    parser.add_argument("--limit", type=int, help="make at most so many rows")
+    parser.add_argument("--json", type=Path, default=RECORD)
+    parser.add_argument("--fresh", action="store_true", help="forget what is recorded")
+    parser.add_argument("--page", action="store_true", help="write docs/estimate.md")
     parser.add_argument("--row", nargs=4, help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.row:
         case, policy, kind, again = flags.row
         warnings.simplefilter("ignore")
         print(json.dumps(row(case, policy, kind, again=again == "1", tiny=flags.tiny)))
-        return
-    rows = [found for found in _rows(flags.only, tiny=flags.tiny) if found]
-    if flags.json:
-        flags.json.write_text(json.dumps(rows, indent=1) + "\n")
-    _sum_up(rows)
+        return 0
+    rows = all_rows(flags.only)
+    record = _read(flags.json, tiny=flags.tiny)
+    if flags.fresh:
+        record["rows"] = []
+    left = [each for each in rows if _of(record, each) is None]
+    print(HEAD)
+    with ThreadPoolExecutor(flags.jobs) as pool:
+        made = [
+            pool.submit(_made, each, tiny=flags.tiny) for each in left[: flags.limit]
+        ]
+        for each in as_completed(made):
+            found = each.result()
+            if found is not None:
+                record["rows"].append(found)
+                _write(flags.json, record)
+                print(_line(found), flush=True)
+    _sum_up(record["rows"])
+    if flags.page:
+        PAGE.write_text(filled(PAGE.read_text(), {"estimate": table(record)}))
+    return 0 if all(_of(record, each) for each in rows) else 1
 
 
-def _rows(only: str | None, *, tiny: bool) -> Iterator[dict]:
-    columns = "case policy optimizer again estimate tracker accel. ledger allocator"
-    print(columns, "resident MB | peak off, saved off, seconds")
-    for case in CASES if only is None else (only,):
-        kinds = [(policy, "torch") for policy in POLICIES] + [("bf16-true", KINDS[1])]
-        for policy, kind in kinds:
-            for again in ("0", "1"):
-                words = ("--row", case, policy, kind, again)
-                command = [sys.executable, __file__, *words, *["--tiny"] * tiny]
-                done = subprocess.run(
-                    command, capture_output=True, text=True, check=False
-                )
-                if done.returncode:
-                    print(case, policy, kind, again, "failed:", done.stderr[-800:])
-                    continue
-                yield _told(json.loads(done.stdout.splitlines()[-1]))
-
-
-def _told(found: dict) -> dict:
-    sizes = [
-        "-" if found[name] is None else f"{found[name] / MB:.1f}"
-        for name in (
-            "estimate",
-            "tracker",
-            "accelerate",
-            "ledger",
-            "allocator",
-            "resident",
-        )
-    ]
-    off = found["estimate"] / found["ledger"] - 1
-    saved = found["estimate_saved"] - found["ledger_saved"]
-    print(
-        f"{found['case']:7} {found['policy']:10} {found['optimizer']:9} "
-        f"{'yes' if found['recompute'] else 'no':3}",
-        *(f"{size:>8}" for size in sizes),
-        f"| {off:+.3%} {saved:+} B {found['estimate_seconds']:.2f} s",
-        flush=True,
-    )
+def _made(each: Row, *, tiny: bool) -> dict[str, Any] | None:
+    """Run one row in a process of its own; none where it failed."""
+    command = [sys.executable, __file__, "--row", *each, *["--tiny"] * tiny]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(*each, "failed:", done.stderr[-800:], flush=True)
+        return None
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
-def _sum_up(rows: list[dict]) -> None:
+def _read(path: Path, *, tiny: bool) -> dict[str, Any]:
+    """Return the record so far, or a new one; sizes are not mixed.
+
+    Raises:
+        SystemExit: The file holds rows of the other size.
+    """
+    if not path.exists():
+        return {"tiny": tiny, "torch": str(torch.__version__), "rows": []}
+    record: dict[str, Any] = json.loads(path.read_text())
+    if record["tiny"] != tiny:
+        raise SystemExit(f"{path} holds {'tiny' if record['tiny'] else 'full'} rows")
+    return record
+
+
+def _write(path: Path, record: dict[str, Any]) -> None:
+    order = all_rows(None)
+    record["rows"].sort(key=lambda found: order.index(_row_of(found)))
+    record["date"] = dt.datetime.now(dt.UTC).date().isoformat()
+    record["torch"] = str(torch.__version__)
+    with replace_file(path) as file:
+        file.write((json.dumps(record, indent=1) + "\n").encode())
+
+
+def _row_of(found: dict[str, Any]) -> Row:
+    again = "01"[found["recompute"]]
+    return found["case"], found["policy"], found["optimizer"], again
+
+
+def _of(record: dict[str, Any], each: Row) -> dict[str, Any] | None:
+    """Return what is recorded of a row."""
+    matching = (found for found in record["rows"] if _row_of(found) == each)
+    return next(matching, None)
+
+
+SIZES = ("estimate", "tracker", "accelerate", "ledger", "allocator", "resident")
+HEAD = (
+    f"case policy optimizer again {' '.join(SIZES)} MB | peak off, saved off, seconds"
+)
+
+
+def _cells(found: dict[str, Any]) -> list[str]:
+    """One row as words: what it is, sizes in MB, and how far the estimate is off."""
+    sizes = [
+        "-" if found[name] is None else f"{found[name] / MB:.1f}" for name in SIZES
+    ]
+    return [
+        found["case"],
+        found["policy"],
+        {"torch": "AdamW", "adamw8bit": "AdamW, 8 bits"}[found["optimizer"]],
+        "yes" if found["recompute"] else "no",
+        *sizes,
+        f"{found['estimate'] / found['ledger'] - 1:+.3%}",
+        f"{found['estimate_saved'] - found['ledger_saved']:+d} B",
+        f"{found['estimate_seconds']:.2f} s",
+    ]
+
+
+def _line(found: dict[str, Any]) -> str:
+    return " ".join(f"{cell:>8}" for cell in _cells(found))
+
+
+COLUMNS = (
+    "model",
+    "policy",
+    "optimizer",
+    "recompute",
+    *("estimate, MB", "torch's tracker", "accelerate's rule", "real step, MB"),
+    *("allocator", "resident", "peak off", "saved off", "time to tell"),
+)
+
+
+def table(record: dict[str, Any]) -> str:
+    """The table of the page."""
+    return markdown(COLUMNS, [_cells(found) for found in record["rows"]])
+
+
+def _sum_up(rows: list[dict[str, Any]]) -> None:
     if not rows:
         return
     worst = max(abs(each["estimate"] / each["ledger"] - 1) for each in rows)
@@ -381,4 +346,4 @@ def _sum_up(rows: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
