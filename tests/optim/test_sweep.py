@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from typing import Any
 
 import pytest
@@ -210,6 +211,30 @@ def test_an_infinity_is_seen_wherever_it_lies(dtype: torch.dtype, size: int) -> 
 
 
 @pytest.mark.parametrize("backend", ["machine", "twin"])
+@pytest.mark.parametrize("states", ["fp32", "8bit"])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_an_unchecked_infinity_stays_where_it_is(
+    backend: Any, states: Any, momentum: float
+) -> None:
+    """Without the check it spoils its own weight, or its block of 256, and no other."""
+    parameter = torch.nn.Parameter(torch.ones(5000))
+    settings = SweepSettings(
+        backend=backend, states=states, min_8bit_size=0, check_finite=False
+    )
+    optimizer = SGD([parameter], lr=0.5, momentum=momentum, settings=settings)
+    gradient = torch.ones(5000)
+    gradient[300] = math.inf
+    for _ in range(2):
+        parameter.grad = gradient.clone()
+        optimizer.step()
+    good = parameter.detach().isfinite()
+    spoilt = slice(256, 512) if states == "8bit" and momentum else slice(300, 301)
+    assert not good[300]
+    assert good[: spoilt.start].all()
+    assert good[spoilt.stop :].all()
+
+
+@pytest.mark.parametrize("backend", ["machine", "twin"])
 def test_unscaling_and_clipping_happen_inside_the_sweep(backend: Any) -> None:
     """A scaled gradient, clipped in the sweep, is torch's unscaled, clipped one."""
     theirs, ours = _parameters(), _parameters()
@@ -256,6 +281,22 @@ def test_the_grad_scaler_of_torch_drives_the_sweep() -> None:
     assert torch.equal(parameter.detach(), torch.zeros(3))
     assert not optimizer.outcome.stepped
     assert scaler.get_scale() == 4.0
+
+
+@pytest.mark.parametrize("weight", ["fp32", "split"])
+def test_the_update_works_on_many_numbers_at_once(weight: str) -> None:
+    """LLVM vectorises the loop over all arrays; alone it would not dare to."""
+    from numba import njit, types
+
+    from castwise.optim import machine
+
+    bits, numbers = (types.Array(kind, 1, "C") for kind in (types.int16, types.float32))
+    high = numbers if weight == "fp32" else bits
+    loop = njit(error_model="numpy")(machine._adamw.py_func)
+    arrays = bits, numbers, numbers, high, bits, numbers
+    loop.compile((types.int64, *arrays))
+    (code,) = loop.inspect_llvm().values()
+    assert re.search(r"call <\d+ x float> @llvm\.sqrt", code)
 
 
 def test_threads_change_no_bit() -> None:

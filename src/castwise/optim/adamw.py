@@ -12,7 +12,7 @@ equal to it bit by bit. `sweep` says how, and adds unscaling, check, clip and st
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, final
+from typing import Any, final
 
 import torch
 
@@ -56,7 +56,6 @@ class AdamW(SweepOptimizer):
         settings: What the sweep does besides (default: fp32 states, check, no clip).
     """
 
-    rule: ClassVar[str] = "adamw"
     update = staticmethod(adamw_)
 
     def __init__(

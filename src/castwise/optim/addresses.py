@@ -3,6 +3,12 @@
 Tensors of any number and format go into one call as a table of integers. What stands
 behind an address is nobody's business but the caller's: it must live, be contiguous,
 and be as long as the code takes it to be.
+
+A compiler that cannot tell whether two arrays overlap must not work on many of their
+numbers at once. It asks at run time where there are few arrays, and gives up beyond:
+a loop over gradient, moments and both halves of a weight stays scalar. `read` and
+`write` tell it, by LLVM's `alias.scope` and `noalias`, that arrays given different
+places overlap nowhere, or only in one and the same number.
 """
 
 from __future__ import annotations
@@ -86,3 +92,63 @@ def _to_bits(typing_context: Any, number: Any) -> Any:
 
 bits_of: Any = intrinsic(_to_bits)
 """fp32 -> int32."""
+
+
+NUM_PLACES = 8  # arrays that one loop can tell apart
+
+
+def _apart(module: ir.Module, access: Any, place: int) -> None:
+    """Say of a load or store that it touches no array of another place."""
+    domain = module.add_metadata(["castwise arrays"])
+    scopes = [
+        module.add_metadata([f"castwise array {each}", domain])
+        for each in range(NUM_PLACES)
+    ]
+    others = [scope for each, scope in enumerate(scopes) if each != place]
+    access.set_metadata("alias.scope", module.add_metadata([scopes[place]]))
+    access.set_metadata("noalias", module.add_metadata(others))
+
+
+def _element(context: Any, builder: Any, kind: Any, values: Any) -> Any:
+    """Return a pointer to a number of a contiguous array, unchecked."""
+    array, index = values
+    data = context.make_array(kind)(context, builder, array).data
+    return builder.gep(data, [index], inbounds=True)
+
+
+def _to_read(typing_context: Any, array: Any, index: Any, place: Any) -> Any:
+    """Return a number of an array."""
+    del typing_context, index
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        kind = signature.args[0]
+        where = _element(context, builder, kind, values[:2])
+        number = builder.load(where, align=kind.dtype.bitwidth // 8)
+        _apart(builder.module, number, place.literal_value)
+        return number
+
+    return array.dtype(array, types.int64, place), generate
+
+
+read: Any = intrinsic(prefer_literal=True)(_to_read)
+"""array, index from 0, place of the array (a constant) -> its number there."""
+
+
+def _to_write(
+    typing_context: Any, array: Any, index: Any, number: Any, place: Any
+) -> Any:
+    """Write a number of an array."""
+    del typing_context, index, number
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        kind = signature.args[0]
+        where = _element(context, builder, kind, values[:2])
+        done = builder.store(values[2], where, align=kind.dtype.bitwidth // 8)
+        _apart(builder.module, done, place.literal_value)
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, array.dtype, place), generate
+
+
+write: Any = intrinsic(prefer_literal=True)(_to_write)
+"""array, index from 0, number, place of the array (a constant) -> nothing."""

@@ -10,7 +10,7 @@ is run.
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, final
+from typing import Any, final
 
 import torch
 
@@ -51,7 +51,6 @@ class Lion(SweepOptimizer):
         settings: What the sweep does besides (default: fp32 states, check, no clip).
     """
 
-    rule: ClassVar[str] = "lion"
     update = staticmethod(lion_)
 
     def __init__(

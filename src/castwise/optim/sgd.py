@@ -11,7 +11,7 @@ how it is run.
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, final
+from typing import Any, final
 
 import torch
 
@@ -57,7 +57,6 @@ class SGD(SweepOptimizer):
         settings: What the sweep does besides (default: fp32 states, check, no clip).
     """
 
-    rule: ClassVar[str] = "sgd"
     update = staticmethod(sgd_)
 
     def __init__(

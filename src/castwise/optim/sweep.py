@@ -35,7 +35,7 @@ from castwise.errors import SettingsError, WeightStorageError
 from castwise.optim.shards import add_up, local, sharded_like, splits_blocks
 from castwise.optim.state_formats import StateFormats
 from castwise.optim.states import BLOCK, CODES, num_blocks
-from castwise.optim.swept import Swept, run_compiled, run_twin
+from castwise.optim.swept import CompiledSweeper, Sweeper, Swept, TorchSweeper
 
 _BACKENDS = ("auto", "machine", "compiled", "twin")
 _STATES = ("fp32", "8bit")
@@ -99,7 +99,6 @@ class SweepOutcome:
 class SweepOptimizer(Optimizer):
     """An optimizer that updates everything in one sweep; `AdamW`, `SGD` and `Lion`."""
 
-    rule: ClassVar[str]
     update: ClassVar[Callable[..., None]]
 
     # torch.amp.GradScaler leaves unscaling and skipping to an optimizer that says so.
@@ -169,10 +168,10 @@ class SweepOptimizer(Optimizer):
         told = getattr(self, "grad_scale", None)
         if scale is None:
             scale = 1.0 if told is None else float(told)
-        swept = self._swept()
-        factor, self.outcome = self._judge(swept, 1.0 / scale)
+        sweepers = self._sweepers(self._swept())
+        factor, self.outcome = self._judge(sweepers, 1.0 / scale)
         if self.outcome.stepped:
-            self._advance(swept, factor)
+            self._advance(sweepers, factor)
         return loss
 
     def _new_state(
@@ -246,7 +245,7 @@ class SweepOptimizer(Optimizer):
         return self.remainder_of(parameter)
 
     def _judge(
-        self, swept: list[Swept], inverse_scale: float
+        self, sweepers: list[Sweeper], inverse_scale: float
     ) -> tuple[float, SweepOutcome]:
         """Return the factor of the gradients, and whether there is to be a step."""
         found = getattr(self, "found_inf", None)
@@ -254,11 +253,15 @@ class SweepOptimizer(Optimizer):
             return 0.0, SweepOutcome(stepped=False, nonfinite=("some parameter",))
         if self.parameter_wise:
             return inverse_scale, SweepOutcome(stepped=True)
+        swept = [each for sweeper in sweepers for each in sweeper.swept]
+        whole = [each.parameter for each in swept]
         limit = self.settings.max_norm
         if limit is None and inverse_scale <= 1:  # unscaling overflows nothing
-            bad = _names(swept, [count > 0 for count in self._nonfinite(swept)])
+            found = [float(bad) for each in sweepers for bad in each.nonfinite()]
+            bad = _names(swept, [count > 0 for count in add_up(whole, found)])
             return inverse_scale, SweepOutcome(stepped=not bad, nonfinite=bad)
-        squares = self._square_sums(swept, inverse_scale)
+        sums = [x for each in sweepers for x in each.square_sums(inverse_scale)]
+        squares = add_up(whole, sums)
         bad = _names(swept, [not math.isfinite(square) for square in squares])
         if bad:
             return 0.0, SweepOutcome(stepped=False, norm=math.nan, nonfinite=bad)
@@ -266,46 +269,10 @@ class SweepOptimizer(Optimizer):
         clip = 1.0 if limit is None or norm <= limit else limit / norm
         return inverse_scale * clip, SweepOutcome(stepped=True, norm=norm)
 
-    def _nonfinite(self, swept: list[Swept]) -> list[float]:
-        """Return for each gradient how many of its parts hold an infinity or NaN."""
-        found: dict[int, float] = {}
-        for backend, some in self._by_backend(swept).items():
-            if backend == "machine":
-                from castwise.optim.machine_table import nonfinite  # noqa: PLC0415 -- numba is imported by those who need it
-
-                bad = nonfinite(some)
-            else:
-                finite = torch.stack([each.gradient.isfinite().all() for each in some])
-                bad = finite.logical_not().tolist()
-            found.update(
-                {id(each): float(b) for each, b in zip(some, bad, strict=True)}
-            )
-        return add_up([s.parameter for s in swept], [found[id(s)] for s in swept])
-
-    def _square_sums(self, swept: list[Swept], inverse_scale: float) -> list[float]:
-        """Return the sum of the squares of each scaled gradient."""
-        sums = {}
-        for backend, some in self._by_backend(swept).items():
-            if backend == "machine":
-                from castwise.optim.machine_table import square_sums  # noqa: PLC0415 -- numba is imported by those who need it
-
-                found = square_sums(some, inverse_scale)
-            else:
-                norms = [
-                    torch.linalg.vector_norm(each.gradient, dtype=torch.float64)
-                    for each in some
-                ]
-                found = [
-                    (float(norm) * inverse_scale) ** 2
-                    for norm in (torch.stack(norms).tolist() if norms else [])
-                ]
-            sums.update({id(each): x for each, x in zip(some, found, strict=True)})
-        return add_up([s.parameter for s in swept], [sums[id(s)] for s in swept])
-
-    def _advance(self, swept: list[Swept], factor: float) -> None:
+    def _advance(self, sweepers: list[Sweeper], factor: float) -> None:
         """Count the step and sweep."""
         rows: dict[tuple[int, int], tuple[float, ...]] = {}
-        for each in swept:
+        for each in [each for sweeper in sweepers for each in sweeper.swept]:
             each.state["step"] += 1
             key = id(each.group), each.state["step"]
             if key not in rows:
@@ -315,18 +282,11 @@ class SweepOptimizer(Optimizer):
                     *self.numbers(each.group, each.state["step"]),
                 )
             each.numbers = rows[key]
-        for backend, some in self._by_backend(swept).items():
-            if backend == "machine":
-                from castwise.optim.machine_table import run_machine  # noqa: PLC0415 -- numba is imported by those who need it
+        for sweeper in sweepers:
+            sweeper.run(type(self).update)
 
-                run_machine(self.rule, some)
-            elif backend == "compiled":
-                run_compiled(type(self).update, some)
-            else:
-                run_twin(type(self).update, some)
-
-    def _by_backend(self, swept: list[Swept]) -> dict[str, list[Swept]]:
-        """Sort parameters by what runs on their devices."""
+    def _sweepers(self, swept: list[Swept]) -> list[Sweeper]:
+        """Return who sweeps: parameters are sorted by what runs on their devices."""
         sorted_by: dict[str, list[Swept]] = {}
         chosen: dict[torch.device, str] = {}
         for each in swept:
@@ -334,7 +294,7 @@ class SweepOptimizer(Optimizer):
             if device not in chosen:
                 chosen[device] = self.backend_for(device).value
             sorted_by.setdefault(chosen[device], []).append(each)
-        return sorted_by
+        return [_sweeper(backend)(some) for backend, some in sorted_by.items()]
 
     def _check_states(self) -> None:
         """Refuse loaded states of another kind; take a step that torch counted."""
@@ -358,6 +318,15 @@ def check_range(name: str, value: float, low: float, high: float) -> None:
     """Refuse a setting outside of [low, high]."""
     if not low <= value <= high:
         raise SettingsError(f"need {name} from {low} to {high}; got {value}")
+
+
+def _sweeper(backend: str) -> type[Sweeper]:
+    """Return what sweeps under a name of `SweepSettings.backend`."""
+    if backend == "machine":
+        from castwise.optim.machine_table import MachineSweeper  # noqa: PLC0415 -- numba is imported by those who need it
+
+        return MachineSweeper
+    return CompiledSweeper if backend == "compiled" else TorchSweeper
 
 
 def _names(swept: list[Swept], chosen: list[bool]) -> tuple[str, ...]:

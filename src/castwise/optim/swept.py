@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -96,40 +97,78 @@ def sweep_piece(
         split_16(full, weight, remainder)
 
 
-def run_twin(update: Callable[..., None], swept: list[Swept]) -> None:
-    """Sweep with operators of torch, piece by piece."""
-    for each in swept:
-        numbers = torch.tensor(each.numbers, device=each.weight.device)
-        size = each.weight.numel()
-        for start in range(0, size, _PIECE):
-            piece = slice(start, min(start + _PIECE, size))
-            blocks = slice(start // BLOCK, -(-piece.stop // BLOCK))
-            sweep_piece(
-                update,
-                flat(each.weight)[piece],
-                None if each.remainder is None else flat(each.remainder)[piece],
-                flat(each.gradient)[piece],
-                [flat(state)[piece] for state in each.states],
-                [None if scale is None else scale[blocks] for scale in each.scales],
-                each.codes,
-                numbers,
-            )
+class Sweeper(ABC):
+    """Looks at the gradients of some parameters, and sweeps over them."""
+
+    def __init__(self, swept: list[Swept]) -> None:
+        self.swept = swept
+
+    @abstractmethod
+    def nonfinite(self) -> list[bool]:
+        """Return of each gradient whether it holds an infinity or NaN."""
+
+    @abstractmethod
+    def square_sums(self, factor: float) -> list[float]:
+        """Return the sum of the squares of each gradient times a factor."""
+
+    @abstractmethod
+    def run(self, update: Callable[..., None]) -> None:
+        """Sweep: `update` is that of the optimizer, such as `adamw.adamw_`."""
 
 
-def run_compiled(update: Callable[..., None], swept: list[Swept]) -> None:
-    """Sweep with the twin compiled into kernels, one call for each parameter."""
-    sweep = _compiled(update)
-    for each in swept:
-        if each.weight.numel():
-            sweep(
-                flat(each.weight),
-                None if each.remainder is None else flat(each.remainder),
-                flat(each.gradient),
-                [flat(state) for state in each.states],
-                each.scales,
-                each.codes,
-                torch.tensor(each.numbers, device=each.weight.device),
-            )
+class TorchSweeper(Sweeper):
+    """Sweeps with operators of torch, piece by piece."""
+
+    def nonfinite(self) -> list[bool]:
+        """Return of each gradient whether it holds an infinity or NaN."""
+        finite = torch.stack([each.gradient.isfinite().all() for each in self.swept])
+        return [bool(bad) for bad in finite.logical_not().tolist()]
+
+    def square_sums(self, factor: float) -> list[float]:
+        """Return the sum of the squares of each gradient times a factor."""
+        norms = [
+            torch.linalg.vector_norm(each.gradient, dtype=torch.float64)
+            for each in self.swept
+        ]
+        return [(float(norm) * factor) ** 2 for norm in torch.stack(norms).tolist()]
+
+    def run(self, update: Callable[..., None]) -> None:
+        """Sweep with the readable update."""
+        for each in self.swept:
+            numbers = torch.tensor(each.numbers, device=each.weight.device)
+            size = each.weight.numel()
+            for start in range(0, size, _PIECE):
+                piece = slice(start, min(start + _PIECE, size))
+                blocks = slice(start // BLOCK, -(-piece.stop // BLOCK))
+                sweep_piece(
+                    update,
+                    flat(each.weight)[piece],
+                    None if each.remainder is None else flat(each.remainder)[piece],
+                    flat(each.gradient)[piece],
+                    [flat(state)[piece] for state in each.states],
+                    [None if scale is None else scale[blocks] for scale in each.scales],
+                    each.codes,
+                    numbers,
+                )
+
+
+class CompiledSweeper(TorchSweeper):
+    """Sweeps with the twin compiled into kernels, one call for each parameter."""
+
+    def run(self, update: Callable[..., None]) -> None:
+        """Sweep with the compiled update."""
+        sweep = _compiled(update)
+        for each in self.swept:
+            if each.weight.numel():
+                sweep(
+                    flat(each.weight),
+                    None if each.remainder is None else flat(each.remainder),
+                    flat(each.gradient),
+                    [flat(state) for state in each.states],
+                    each.scales,
+                    each.codes,
+                    torch.tensor(each.numbers, device=each.weight.device),
+                )
 
 
 @functools.cache
