@@ -12,10 +12,10 @@ pages, by every way in turn, in the same two processes and from the same weights
 `payload` is what a rank hands over to be summed in a step, counted; `wire` is what the
 kernel counted on the network interface for each rank, headers and acknowledgements
 included. Losses are means over a held-out part of the text after the last step, with
-the largest and smallest over seeds. Times are medians of whole steps, free and at a limited
-rate for each rank and direction: the processes live in a network namespace of their own,
-whose loopback is slowed down by tc (needs root or user namespaces; without them the
-times at a rate are left out, and the model alone speaks).
+the largest and smallest over seeds. Times are medians of whole steps, free and at a
+limited rate for each rank and direction: the processes live in a network namespace of
+their own, whose loopback is slowed down by tc (needs root or user namespaces; without
+them the times at a rate are left out, and the model alone speaks).
 
 The model: a step takes what it takes without a network, plus wire bytes over the rate.
 `pays below` is the rate at which that of `none` is as long.

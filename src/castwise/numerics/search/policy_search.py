@@ -27,6 +27,7 @@ import torch
 from torch import nn
 
 from castwise.errors import SettingsError
+from castwise.numerics.over_ranks import first_says, refuse_nobody
 from castwise.numerics.search.bench import Bench
 from castwise.numerics.search.budget import Budget
 from castwise.numerics.search.candidates import default_of, parse_candidates
@@ -82,6 +83,10 @@ class SearchSettings:
     """Whether operators that the operator table holds in fp32, such as norms and
     softmax, may run low where their modules do; each costs up to one step more."""
 
+    over_ranks: bool = False
+    """Whether all processes search together, each on its own batches: a policy must
+    keep the budget on those of every rank, and all find the same one. Rank 0 scores."""
+
     def __post_init__(self) -> None:
         if not 0 < self.margin <= 1:
             raise SettingsError(f"margin is above 0 and at most 1, got {self.margin}")
@@ -128,7 +133,7 @@ def search(
         groups: What moves together: modules of one parent that are given the same
             tensor (`same_input`), nothing (`none`), or lists of globs.
         record: A file that keeps scores and trials; a search that finds it goes on
-            from there, also with another budget.
+            from there, also with another budget. Of several ranks each needs its own.
         settings: Everything else.
         on_progress: Is told (what, done, of) as the search goes on.
 
@@ -138,6 +143,7 @@ def search(
         ContradictionError: The record is that of another search.
     """
     settings = settings or SearchSettings()
+    refuse_nobody("a search", together=settings.over_ranks)
     check_cost_model(cost)
     model = getattr(model, "_orig_mod", model)  # a compiled model runs uncompiled here
     checked = checked_batches(batches, what="a search", at_least=1)
@@ -201,6 +207,7 @@ class _Search:
             ),
         )
         self._record: Record = open_record(record, fingerprint)
+        self._together = settings.over_ranks
         self._trials = Trials(
             self._bench,
             budget,
@@ -208,13 +215,14 @@ class _Search:
             most=settings.max_trials,
             record=self._record,
             report=report,
+            together=self._together,
         )
         self._scoring_steps = 0
 
     def found(self, begin: float) -> Found:
         """Score, solve, try; return what was found."""
         floor = worst_errors(self._trials.errors(_FP32, to_the_end=True))
-        scores = self._scores(floor)
+        scores = first_says(lambda: self._scores(floor), together=self._together)
         self._bench.loss_scale = scores.loss_scale
         problem = Problem(scores, self._budget)
         best = self._trials.narrowed(problem)
@@ -238,7 +246,7 @@ class _Search:
             units=findings_of(problem, best.choice),
             scores=scores,
             seed=self._settings.seed,
-            num_batches=len(self._bench.batches),
+            num_batches=sum(self._trials.num_batches),
             scoring_steps=self._scoring_steps,
             trial_steps=steps,
             seconds=time.perf_counter() - begin,

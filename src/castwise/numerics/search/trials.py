@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import cached_property
 
 from castwise.errors import BudgetError
+from castwise.numerics.over_ranks import all_say, first_says
 from castwise.numerics.search.belief import Belief
 from castwise.numerics.search.bench import Bench
 from castwise.numerics.search.budget import Budget
@@ -43,6 +45,7 @@ class Trials:
         most: How many policies are run at most.
         record: Keeps what was measured.
         report: Is told of progress.
+        together: Whether all processes try each policy, on batches of their own.
     """
 
     def __init__(
@@ -54,12 +57,19 @@ class Trials:
         most: int,
         record: Record,
         report: Report,
+        together: bool = False,
     ) -> None:
         self._bench, self._budget = bench, budget
         self._margin, self._most = margin, most
         self._record, self._report = record, report
+        self._together = together
         self.done: list[Trial] = []
         """Every policy that was run, in order."""
+
+    @cached_property
+    def num_batches(self) -> tuple[int, ...]:
+        """How many batches each rank tries a policy on."""
+        return tuple(all_say(lambda: len(self._bench.batches), together=self._together))
 
     def errors(
         self, policy: Policy, *, to_the_end: bool = False
@@ -70,20 +80,29 @@ class Trials:
         digest = digest_of(
             f"{_said_by(policy)} {self._bench.loss_scale} {measure and measure.name}"
         )
-        for at in range(len(self._bench.batches)):
-            key = f"{digest} {at}"
-            known = self._record.trials.get(key)
-            if known is None:
-                known = self._bench.errors(
-                    policy, self._budget, scale=self._bench.loss_scale, at=at
-                )
-                self._record.trials[key] = known
-                self._record.save()
-            found.append(known)
-            broken = self._budget.usage(known) > self._margin
+        for at in range(max(self.num_batches)):
+
+            def measured(at: int = at) -> dict[str, float] | None:
+                return self._measured(policy, f"{digest} {at}", at)
+
+            told = all_say(measured, together=self._together)
+            known = [each for each in told if each is not None]
+            found += known
+            broken = max(map(self._budget.usage, known)) > self._margin
             if broken and not to_the_end:
                 break
         return tuple(found)
+
+    def _measured(self, policy: Policy, key: str, at: int) -> dict[str, float] | None:
+        """Run a policy on one batch, or ask the record; None after the last one."""
+        if at >= len(self._bench.batches):
+            return None
+        if key not in self._record.trials:
+            self._record.trials[key] = self._bench.errors(
+                policy, self._budget, scale=self._bench.loss_scale, at=at
+            )
+            self._record.save()
+        return self._record.trials[key]
 
     def _try(self, problem: Problem, choice: Choice) -> Trial:
         """Run a choice for real."""
@@ -148,7 +167,9 @@ class Trials:
         wanted = dict.fromkeys((best.choice, problem.safest(), problem.cheapest()))
         holding = [trial for c in wanted if (trial := self._try(problem, c)).holds]
         policies = [problem.policy(trial.choice) for trial in holding]
-        seconds = step_seconds(self._bench, policies)
+        seconds = first_says(
+            lambda: step_seconds(self._bench, policies), together=self._together
+        )
         return holding[seconds.index(min(seconds))]
 
     def along(self, problem: Problem, num_points: int) -> tuple[ParetoPoint, ...]:

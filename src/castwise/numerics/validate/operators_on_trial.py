@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -104,6 +104,15 @@ class OperatorError:
             f"{place}{self.op} in {self.stage} at {self.where}: {self.error:.2e} in "
             f"{self.format}, {self.floor:.2e} in fp32"
         )
+
+
+def joined(errors: Iterable[OperatorError]) -> tuple[OperatorError, ...]:
+    """The same operators from the same lines, each once."""
+    found: dict[tuple[Any, ...], OperatorError] = {}
+    for each in errors:
+        key = each.op, each.module, each.stage, each.where, each.format, each.basis
+        found[key] = found[key].joined(each) if key in found else each
+    return tuple(found.values())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -32,6 +32,7 @@ from castwise.numerics.validate.operators_on_trial import (
     OperatorError,
     OperatorsOnTrial,
     ReferenceOperators,
+    joined,
 )
 from castwise.region import Region
 
@@ -158,11 +159,7 @@ class CandidateRun:
     @property
     def operators(self) -> tuple[OperatorError, ...]:
         """Every operator of all runs, tried alone."""
-        found: dict[tuple[Any, ...], OperatorError] = {}
-        for each in self._tried:
-            key = each.op, each.module, each.stage, each.where, each.format, each.basis
-            found[key] = found[key].joined(each) if key in found else each
-        return tuple(found.values())
+        return joined(self._tried)
 
     def run(
         self, batch: Batch, seed: int, recorder: ReferenceOperators | None = None

@@ -22,7 +22,7 @@ If candidate and reference agree in every bit, nothing was compared, and that fa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -44,6 +44,7 @@ from castwise.numerics.error import (
     loss_drift,
     measure,
 )
+from castwise.numerics.over_ranks import all_say, refuse_nobody
 from castwise.numerics.target import Batch, LossFn, checked_batches
 from castwise.numerics.untouched import untouched
 from castwise.numerics.validate.module_runs import (
@@ -54,6 +55,7 @@ from castwise.numerics.validate.module_runs import (
 from castwise.numerics.validate.operators_on_trial import (
     OperatorError,
     ReferenceOperators,
+    joined,
 )
 from castwise.numerics.validate.three_runs import BaselineRun, CandidateRun, WideRun
 from castwise.numerics.validate.verdicts import (
@@ -80,6 +82,7 @@ def validate(
     seeds: Sequence[int] = (0,),
     phase: str = "full",
     operators: bool = True,
+    over_ranks: bool = False,
 ) -> Validation:
     """Run a model under a policy, in fp32 and in float64, and compare.
 
@@ -102,6 +105,9 @@ def validate(
             seed, and again on each other that puts a module off that none did before.
             It takes two more runs of each, and memory for the activations of the
             reference.
+        over_ranks: Whether all processes validate together, each on its own batches:
+            the worst of all is judged, and every rank gets the same report. Every rank
+            must call, with whole weights.
 
     Raises:
         PolicyError: The policy cannot be put on this model.
@@ -109,6 +115,7 @@ def validate(
             in float64; the message names operator and line.
         BudgetError: `k` or `tolerance` is no number from 0 on.
     """
+    refuse_nobody("a validation", together=over_ranks)
     model = getattr(model, "_orig_mod", model)
     checked = checked_batches(batches, what="a validation", at_least=1)
     if not seeds:
@@ -132,14 +139,21 @@ def validate(
                 loss_scale_of(policy.decide_loss_scale().value).scale,
             )
             tally = _Tally(model, fmt, rule)
-            for seed in seeds:
-                for batch in checked:
-                    tries = operators and tally.is_empty
-                    right, got = _run_both(exact, candidate, batch, seed, tries=tries)
-                    tally.add(right, got, baseline.run(batch, seed))
-                    if operators and tally.is_news and not tries:
-                        _run_both(exact, candidate, batch, seed, tries=True)
-            tried = candidate.operators
+
+            def measured() -> _Share:
+                for seed in seeds:
+                    for batch in checked:
+                        tries = operators and tally.is_empty
+                        right, got = _run_both(
+                            exact, candidate, batch, seed, tries=tries
+                        )
+                        tally.add(right, got, baseline.run(batch, seed))
+                        if operators and tally.is_news and not tries:
+                            _run_both(exact, candidate, batch, seed, tries=True)
+                return _Share.of(tally, candidate, exact, len(checked))
+
+            share = _whole(all_say(measured, together=over_ranks))
+            tally, tried = share.tally, share.operators
             modules = tally.verdicts(applied, tried)
         finally:
             applied.remove()
@@ -149,16 +163,16 @@ def validate(
         device=str(device),
         rule=rule,
         because=because,
-        num_batches=len(checked),
+        num_batches=share.num_batches,
         seeds=tuple(seeds),
         results=tally.results(),
         loss_drift=tally.drift,
         loss_floor=tally.drift_floor,
-        scale=candidate.scale,
+        scale=share.scale,
         modules=modules,
         operators=tried,
-        untried=tuple(candidate.untried),
-        lifted=exact.lifted,
+        untried=share.untried,
+        lifted=share.lifted,
         compared=tally.compared,
     )
 
@@ -249,6 +263,19 @@ class _Tally:
         self.is_news = not off <= self._off
         self._off |= off
 
+    def join(self, other: _Tally) -> None:
+        """Take in what another process found."""
+        for kept, found in (
+            (self._whole, other._whole),
+            (self._floor, other._floor),
+            (self._modules, other._modules),
+            (self._module_floors, other._module_floors),
+        ):
+            for name, measures in found.items():
+                _keep_worst(kept, name, measures)
+        self.drift = max(self.drift, other.drift)
+        self.drift_floor = max(self.drift_floor, other.drift_floor)
+
     @property
     def is_empty(self) -> bool:
         """Whether nothing was added so far."""
@@ -289,6 +316,46 @@ class _Tally:
             )
             for fqn, found in self._modules.items()
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Share:
+    """What one process adds to a validation, or all of them together."""
+
+    tally: _Tally
+    operators: tuple[OperatorError, ...]
+    untried: tuple[str, ...]
+    lifted: tuple[str, ...]
+    scale: float
+    num_batches: int
+
+    @classmethod
+    def of(
+        cls, tally: _Tally, candidate: CandidateRun, exact: WideRun, num_batches: int
+    ) -> _Share:
+        return cls(
+            tally=tally,
+            operators=candidate.operators,
+            untried=tuple(candidate.untried),
+            lifted=exact.lifted,
+            scale=candidate.scale,
+            num_batches=num_batches,
+        )
+
+
+def _whole(shares: Sequence[_Share]) -> _Share:
+    """The worst of all shares; of loss scales the lowest."""
+    first, *others = shares
+    for each in others:
+        first.tally.join(each.tally)
+    return replace(
+        first,
+        operators=joined(each for share in shares for each in share.operators),
+        untried=tuple(dict.fromkeys(n for share in shares for n in share.untried)),
+        lifted=tuple(dict.fromkeys(n for share in shares for n in share.lifted)),
+        scale=min(share.scale for share in shares),
+        num_batches=sum(share.num_batches for share in shares),
+    )
 
 
 def _verdict(
