@@ -1,10 +1,16 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from castwise.errors import PredictionError
 from castwise.hybrid import HybridSettings, HybridTrainer
 from castwise.hybrid.agreement import Alone, agreement_of
 from castwise.hybrid.verification import judge
@@ -119,3 +125,26 @@ def judged(rank: int) -> Any:
     agreement = agreement_of(DistributedDataParallel(SmallTask().model))
     verdict = judge(before[rank], after[rank], z=1.0, fmt="fp32", agreement=agreement)
     return verdict.accepted, verdict.before, verdict.error
+
+
+def test_sharded_weights_are_refused_before_anything_is_put_on_the_model(
+    tmp_path: Path,
+) -> None:
+    """One process is enough for FSDP2 to cut; the first weight and a way out are named.
+
+    No hook of ours is on the model: it can be prepared without phases.
+    """
+    meeting = f"file://{tmp_path}/meet"
+    distributed.init_process_group("gloo", init_method=meeting, rank=0, world_size=1)
+    try:
+        task = SmallTask()
+        fully_shard(task.model, mesh=init_device_mesh("cpu", (1,)))
+        optimizer = task.adamw()
+        hooks = list(task.model._forward_pre_hooks)
+        with pytest.raises(
+            PredictionError, match=r"cut '0\.weight' over processes.*phases"
+        ):
+            task.trainer(HybridSettings(), optimizer=optimizer)
+        assert list(task.model._forward_pre_hooks) == hooks
+    finally:
+        distributed.destroy_process_group()

@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from castwise.errors import SettingsError
+from castwise.errors import PredictionError, SettingsError
+from castwise.fitting import is_sharded
 from castwise.hybrid.resting_states import RestingStates
 from castwise.optim.holding import HeldWeights
 from castwise.training.random_state import (
@@ -224,6 +225,22 @@ class _Looked(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """Refuse weights of which each process holds a part (FSDP2).
+
+    Raises:
+        PredictionError: Naming the first one.
+    """
+    for name, weight in model.named_parameters():
+        if is_sharded(weight):
+            raise PredictionError(
+                f"a hybrid run needs whole weights, and fully_shard has cut {name!r} "
+                "over processes, so that no process can take it back alone; train in "
+                "phases under DistributedDataParallel, or step sharded weights without "
+                "phases by castwise.prepare"
+            )
 
 
 def _write_into(state: dict[str, Any], moments: Mapping[str, Any]) -> None:

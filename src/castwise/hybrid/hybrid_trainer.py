@@ -32,7 +32,7 @@ from castwise.errors import PredictionError, SettingsError
 from castwise.hybrid.agreement import agreement_of
 from castwise.hybrid.arms import Arms
 from castwise.hybrid.divergence import NORMAL, Alarm, DivergenceMonitor
-from castwise.hybrid.exact_weights import ExactWeights
+from castwise.hybrid.exact_weights import ExactWeights, refuse_sharded
 from castwise.hybrid.horizon import Horizon
 from castwise.hybrid.pace import Pace
 from castwise.hybrid.phase_length import PhaseLength
@@ -99,6 +99,7 @@ class HybridTrainer:
     Raises:
         UnsupportedFormatError: The device cannot do the format of a phase.
         SettingsError: The optimizer or the loss cannot be used so.
+        PredictionError: The weights are sharded (FSDP2).
     """
 
     def __init__(
@@ -117,6 +118,7 @@ class HybridTrainer:
         fallback: str | None = None,
         monitor: MemoryMonitor | None = None,
     ) -> None:
+        refuse_sharded(model)  # before anything is put on the model
         self.settings = settings or HybridSettings()
         asked = policy or self.settings.mixed_precision_config.policy()
         self.run: Run = prepare(
