@@ -261,10 +261,7 @@ def relate(
         repeats,
     )
     distinct, which = _distinct(columns)
-    read = [
-        read_clue(size, MODES[mode], *(int(value) for value in rest))
-        for mode, *rest in distinct
-    ]
+    read = [read_clue(size, MODES[mode], *rest) for mode, *rest in distinct.tolist()]
     own = np.take_along_axis(which, cage_ids, axis=1)
     operations = np.take_along_axis(cage_ops, cage_ids, axis=1)
     caged = operations != OP_NONE
