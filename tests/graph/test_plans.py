@@ -270,10 +270,16 @@ def test_kept_weights_are_cast_once_per_update() -> None:
             "got c=fp8_e4m3 for the whole model",
         ),
         (
+            preset("bf16-mixed")
+            .with_rule(module="solver", stage="backward", precision="c=fp32")
+            .with_rule(module="solver", precision="c=fp64"),
+            "c=fp64 forward and c=fp32 backward for 'solver'",
+        ),
+        (
             preset("bf16-mixed").with_rule(
-                module="solver", stage="backward", precision="c=fp32"
+                module="solver", stage="backward", precision="c=fp8_e5m2"
             ),
-            "c=bf16 forward and c=fp32 backward for 'solver'",
+            "got c=fp8_e5m2 for 'solver'",
         ),
     ],
 )

@@ -18,7 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from castwise.graph.operators import kept_inputs
+from castwise.graph.operators import STATISTICS, kept_inputs
 from castwise.graph.values import requires_grad, storages, was_written
 
 if TYPE_CHECKING:
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
     from torch import fx
 
     from castwise.graph.classify import Call
-
-
-_WRITE_STATISTICS = frozenset({"batch_norm", "instance_norm"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +77,7 @@ def find_aliases(calls: Mapping[fx.Node, Call]) -> Aliases:
             written |= of[node]
         if call.writes:
             written |= _written_by(call, of)
-        if call.name in _WRITE_STATISTICS:  # no version tells
+        if call.name in STATISTICS:  # no version tells
             for source in kept_inputs(node, call.name):
                 written |= of[source] if not requires_grad(source) else set()
         if call.role == "input":

@@ -8,6 +8,7 @@
     like     takes a shape, and the captured dtype by name
     reads    takes a shape only
     part     takes one tensor out of several that one call made
+    apart    runs in one format forward and in another one backward, by a stage rule
     opaque   runs in the formats it was captured in: unknown operators, casts by hand,
              autocast regions of the user, modules in fp32, bodies of custom functions
     input, output
@@ -25,6 +26,7 @@ from torch import fx
 
 from castwise.dtypes import dtype_of
 from castwise.graph import operators
+from castwise.graph.stages import check_repeatable, formats_apart, held_in, is_view
 from castwise.graph.values import (
     has_dimensions,
     is_floating,
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from castwise.graph.settings import Surroundings
+    from castwise.graph.stages import Apart
 
 PARAMETER = "castwise_parameter"
 """The mark that `capture` leaves on inputs that are weights of the model."""
@@ -54,6 +57,7 @@ Role = Literal[
     "like",
     "reads",
     "part",
+    "apart",
     "opaque",
 ]
 """See the opening docstring."""
@@ -98,6 +102,9 @@ class Call:
 
     in_region: bool = False
     """Whether it runs in a region of autocast, as it calls several operators."""
+
+    apart: Apart | None = None
+    """What its stages run in, where they differ."""
 
     is_parameter: bool = False
     """Whether it is a weight that comes in."""
@@ -234,6 +241,8 @@ def _assign(call: Call, surroundings: Surroundings) -> None:
         call.role, call.because = "like", "has the captured dtype by name"
     elif not is_planned(node) and not call.writes:
         _assign_without_result(call)
+    elif surroundings.compute(call.module) != surroundings.backward(call.module):
+        _assign_apart(call, surroundings)
     elif surroundings.compute(call.module) == "fp64":
         _assign_wide(call, surroundings)
     elif call.low is None:
@@ -255,10 +264,34 @@ def _assign_without_result(call: Call) -> None:
 
 def _assign_wide(call: Call, surroundings: Surroundings) -> None:
     known = surroundings.table.entry(call.name) or call.name in operators.FOLLOWS
-    if call.writes or call.name in operators.KEPT_ARGUMENTS or not known:
+    if call.writes or call.name in operators.STATISTICS or not known:
         call.because = "stays in fp32 in an island of fp64: it keeps what it is given"
         return
     call.role, call.because = "wide", surroundings.reason(call.module)
+
+
+def _assign_apart(call: Call, surroundings: Surroundings) -> None:
+    """A node of a module whose backward computes in another format."""
+    backward = surroundings.backward(call.module)
+    if held_in(backward) == "fp64":
+        _assign_wide(call, surroundings)
+    else:
+        call.because = surroundings.reason(call.module)
+    if call.writes or is_view(call.node) or call.name in operators.STATISTICS:
+        return
+    category = surroundings.table.category(call.name)
+    if call.name in operators.COMPOSITES:
+        category, call.in_region = "low", True
+    formats = formats_apart(category, surroundings.compute(call.module), backward)
+    if formats is None or (call.role == "opaque" and category == "as_is"):
+        return
+    check_repeatable(call.node, call.name, call.module)
+    call.apart, call.kept = formats, operators.kept_inputs(call.node, call.name)
+    call.role = "apart" if call.role == "opaque" else call.role
+    call.because = (
+        f"runs in {formats}: {surroundings.reason(call.module)}; "
+        f"backward {surroundings.reason_backward(call.module)}"
+    )
 
 
 def _assign_by_table(call: Call, surroundings: Surroundings) -> None:

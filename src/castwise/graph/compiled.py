@@ -24,7 +24,12 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 from castwise.autocast import DEVICE_TYPES
 from castwise.dtypes import supports
-from castwise.errors import CastwiseError, SettingsError, UnsupportedFormatError
+from castwise.errors import (
+    CastwiseError,
+    PolicyError,
+    SettingsError,
+    UnsupportedFormatError,
+)
 from castwise.graph.capture import Inner, PlanningBackend
 from castwise.graph.coverage import (
     CoverageWatch,
@@ -183,6 +188,13 @@ class CompiledModel(nn.Module):
 
         def fallback_of(module: nn.Module, fqn: str) -> Fallback:
             compute = surroundings.compute(fqn)
+            if surroundings.backward(fqn) != compute:
+                raise PolicyError(
+                    f"a plan gives a backward of its own to operators of captured "
+                    f"graphs, but {fqn or 'the model itself'!r} ran operators that no "
+                    "graph has; leave out the rule's stage there, or use "
+                    "castwise.prepare"
+                )
             return Fallback(module, self._device_type, compute, surroundings.table)
 
         return fallback_of

@@ -104,6 +104,9 @@ KEPT_ARGUMENTS = {
 """Arguments that stay in fp32 beside a low input: statistics, affine weights, masks,
 whose largest negative numbers are infinite in bf16."""
 
+STATISTICS = frozenset({"batch_norm", "instance_norm"})
+"""They write to statistics that they are given."""
+
 _POSITIONS = {
     "batch_norm": ("input", "running_mean", "running_var", "weight", "bias"),
     "instance_norm": ("input", "running_mean", "running_var", "weight", "bias"),

@@ -53,8 +53,20 @@ class PlannedNode:
     is_known: bool = True
     """Whether the planner knows the operator."""
 
+    forward: str | None = None
+    """What its forward computes in, where a stage rule takes it apart."""
+
+    backward: str | None = None
+    """What its backward computes in, where a stage rule takes it apart."""
+
     def __str__(self) -> str:
         return f"{self.name} ({self.op}): {self.format or 'no value'}, {self.because}"
+
+    @property
+    def decided(self) -> tuple[str | None, ...]:
+        """What its values are held in, and its stages compute in where they differ."""
+        apart = (self.forward, self.backward)
+        return (self.format, *(apart if self.backward else ()))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -277,7 +289,7 @@ class Plan:
             {
                 "graphs": [
                     {
-                        "nodes": [(n.name, n.op, n.format) for n in graph.nodes],
+                        "nodes": [(n.name, n.op, *n.decided) for n in graph.nodes],
                         "casts": [(c.value, c.to, *c.users) for c in graph.casts],
                     }
                     for graph in self.graphs
@@ -333,9 +345,9 @@ def _total(bills: Any) -> Bill:
     )
 
 
-def _formats(plan: Plan) -> dict[tuple[str, str], str | None]:
+def _formats(plan: Plan) -> dict[tuple[str, str], str]:
     return {
-        (graph.name, node.name): node.format
+        (graph.name, node.name): " ".join(map(str, node.decided))
         for graph in plan.graphs
         for node in graph.nodes
     }

@@ -59,7 +59,7 @@ def plan_graph(
     planned = choose(module.graph, surroundings)
     problem, solution = planned.problem, planned.solution
     found = _record(problem, solution, name)
-    insert_casts(module.graph, problem.calls, solution.needs, surroundings.table)
+    insert_casts(module.graph, problem, solution.needs, surroundings.table)
     module.recompile()
     return [found, *inner]
 
@@ -133,6 +133,8 @@ def _record_nodes(problem: Problem, labels: list[Label]) -> Iterator[PlannedNode
                 if problem.calls[source].role != "input"
             ),
             is_known=call.is_known,
+            forward=format_of(call.apart.forward) if call.apart else None,
+            backward=format_of(call.apart.backward) if call.apart else None,
         )
 
 

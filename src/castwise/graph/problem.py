@@ -36,7 +36,9 @@ if TYPE_CHECKING:
 Label = Literal["low", "high", "wide"]
 """low: the low format of its module; high: fp32, as captured; wide: fp64."""
 
-_HIGH_ROLES = frozenset({"input", "fp32", "opaque", "like", "output", "decides"})
+_HIGH_ROLES = frozenset(
+    {"input", "fp32", "apart", "opaque", "like", "output", "decides"}
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from castwise.autocast import autocast
+from castwise.autocast_kernels import LOW_DTYPES
+from castwise.dtypes import format_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,6 +32,22 @@ def in_region(
         with autocast(device_type, fmt, table):
             result = function(*args, **kwargs)
         return widened(result)
+
+    return run
+
+
+def in_format_of_inputs(
+    function: Callable[..., Any], device_type: str, table: OperatorTable
+) -> Callable[..., Any]:
+    """The same function; where its first tensor is low, in a region of that format."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        first = next(each for each in args if isinstance(each, torch.Tensor))
+        if first.dtype not in LOW_DTYPES:
+            return function(*args, **kwargs)
+        fmt = format_of(first.dtype)
+        return in_region(function, device_type, fmt, table)(*args, **kwargs)
 
     return run
 

@@ -7,32 +7,38 @@ Makers of tensors after the shape of another get the captured dtype by name.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
+from torch.utils._pytree import tree_flatten
 
 from castwise.dtypes import format_of
-from castwise.graph.regions import in_region
+from castwise.graph.apart import apart
+from castwise.graph.regions import in_format_of_inputs, in_region
 from castwise.graph.values import is_floating, is_planned, tensors_of, value_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable
 
+    from castwise.graph.aliases import Aliases
     from castwise.graph.classify import Call
     from castwise.graph.demands import Cast, Needs
+    from castwise.graph.problem import Problem
     from castwise.policy.ops import OperatorTable
 
 _KEPT_META = ("nn_module_stack", "source_fn_stack")
 
 
 def insert_casts(
-    graph: fx.Graph, calls: Mapping[fx.Node, Call], needs: Needs, table: OperatorTable
+    graph: fx.Graph, problem: Problem, needs: Needs, table: OperatorTable
 ) -> None:
     """Insert the casts of a plan into its graph, in place."""
-    for node, call in calls.items():
+    for node, call in problem.calls.items():
         if call.role == "like":
             _name_dtype(node)
+        elif call.apart is not None:
+            _take_apart(node, call, problem.aliases, table)
         elif call.in_region:
             _put_in_region(node, call, table)
     last_input = _last_input(graph)
@@ -98,6 +104,35 @@ def _put_in_region(node: fx.Node, call: Call, table: OperatorTable) -> None:
     assert callable(node.target)
     assert call.low is not None
     node.target = in_region(node.target, device, format_of(call.low), table)
+
+
+def _take_apart(
+    node: fx.Node, call: Call, aliases: Aliases, table: OperatorTable
+) -> None:
+    """Give a call the function whose stages have formats of their own."""
+    assert call.apart is not None
+    function = node.target
+    if node.op == "call_method":
+        function, node.op = _called(str(function)), "call_function"
+    assert callable(function)
+    if call.in_region:
+        device = next(t.device.type for t in tensors_of(value_of(node)))
+        function = in_format_of_inputs(function, device, table)
+    leaves, _ = tree_flatten((node.args, node.kwargs))
+    nodes = {at: leaf for at, leaf in enumerate(leaves) if isinstance(leaf, fx.Node)}
+    kept = frozenset(at for at, leaf in nodes.items() if leaf in call.kept)
+    written = frozenset(at for at, leaf in nodes.items() if aliases.casts_at_use(leaf))
+    node.target = apart(function, call.apart, kept=kept, written=written)
+
+
+def _called(name: str) -> Callable[..., Any]:
+    """A method as a function."""
+
+    def call(first: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(first, name)(*args, **kwargs)
+
+    call.__name__ = name
+    return call
 
 
 def _name_dtype(node: fx.Node) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
 
 from castwise.errors import PolicyError
 from castwise.fp8_products import FP8
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from castwise.policy.bound import BoundPolicy
     from castwise.policy.ops import OperatorTable
     from castwise.policy.rules import Policy
+
+Stage = Literal["forward", "backward"]
+"""A stage of a step that graphs have."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +37,10 @@ class Surroundings:
     fqns: dict[int, str]
     """The identity of a module -> its first name in the model."""
 
-    _computes: dict[str, str] = field(default_factory=dict)
+    stages: tuple[Stage, Stage] = ("forward", "backward")
+    """The stage whose rules decide for an operator, and the one for its derivative."""
+
+    _computes: dict[tuple[str, str], str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module, policy: Policy, phase: str = "full") -> Surroundings:
@@ -63,23 +69,53 @@ class Surroundings:
                 return self.fqns[int(number)]
         return ""
 
+    def within(self, stage: Stage) -> Surroundings:
+        """The same for a graph that is the forward, or the backward, by itself."""
+        return replace(self, stages=(stage, stage))
+
     def compute(self, module: str) -> str:
         """The format that a module computes in."""
-        if module not in self._computes:
-            precision = self.bound.precision_of(governing_fqn(module), phase=self.phase)
-            assert precision.compute is not None
-            self._computes[module] = precision.compute
-        return self._computes[module]
+        return self._compute(module, self.stages[0])
+
+    def backward(self, module: str) -> str:
+        """The format that the backward of a module computes in."""
+        return self._compute(module, self.stages[1])
 
     def reason(self, module: str) -> str:
         """Which rule or default decides what a module computes in."""
-        return self.bound.explain(governing_fqn(module)).partition("\n")[0]
+        return self._reason(module, self.stages[0])
+
+    def reason_backward(self, module: str) -> str:
+        """Which rule or default decides what its backward computes in."""
+        return self._reason(module, self.stages[1])
 
     @property
     def lows(self) -> list[str]:
-        """The low formats that modules compute in."""
-        found = map(self.compute, self.fqns.values())
-        return sorted({each for each in found if each in {"bf16", "fp16"}})
+        """The low formats that modules compute in, in either stage."""
+        found = {
+            compute(fqn)
+            for fqn in self.fqns.values()
+            for compute in (self.compute, self.backward)
+        }
+        return sorted(found & {"bf16", "fp16"})
+
+    def _reason(self, module: str, stage: Stage) -> str:
+        fqn = governing_fqn(module)
+        rule = self.bound.rule_of(fqn, stage=stage, phase=self.phase)
+        by = rule.label if rule else f"the default of {self.bound.policy.name}"
+        because = f", because {rule.because}" if rule and rule.because else ""
+        compute = self._compute(module, stage)
+        return f"{fqn or 'the whole model'}: c={compute} by {by}{because}"
+
+    def _compute(self, module: str, stage: Stage) -> str:
+        key = module, stage
+        if key not in self._computes:
+            precision = self.bound.precision_of(
+                governing_fqn(module), stage=stage, phase=self.phase
+            )
+            assert precision.compute is not None
+            self._computes[key] = precision.compute
+        return self._computes[key]
 
 
 def _refuse(bound: BoundPolicy, fqn: str, phase: str) -> None:
@@ -90,16 +126,19 @@ def _refuse(bound: BoundPolicy, fqn: str, phase: str) -> None:
             f"a plan needs weights in fp32, got p={precision.param} for {place} from "
             f"{bound.policy.name}; use castwise.prepare, which holds weights otherwise"
         )
-    if precision.compute in FP8:
-        raise PolicyError(
-            f"a plan needs formats that operators compute in, got c={precision.compute}"
-            f" for {place} from {bound.policy.name}; use castwise.prepare, which "
-            "emulates fp8"
-        )
     backward = bound.precision_of(fqn, stage="backward", phase=phase).compute
-    if backward != precision.compute:
+    for compute in (precision.compute, backward):
+        if compute in FP8:
+            raise PolicyError(
+                f"a plan needs formats that operators compute in, got c={compute} for "
+                f"{place} from {bound.policy.name}; use castwise.prepare, which "
+                "emulates fp8"
+            )
+    both = {precision.compute, backward}
+    if len(both) > 1 and (precision.compute == "fp64" or "tf32" in both):
         raise PolicyError(
-            f"a plan gives the backward of a module the formats of its forward, got "
-            f"c={precision.compute} forward and c={backward} backward for {place} from "
-            f"{bound.policy.name}; use castwise.prepare, which runs it again"
+            "a plan gives a backward a format of its own beside a forward in bf16, "
+            f"fp16 or fp32, and never tf32, got c={precision.compute} forward and "
+            f"c={backward} backward for {place} from {bound.policy.name}; use "
+            "castwise.prepare, which runs the module again"
         )

@@ -24,6 +24,7 @@ _numbers = itertools.count(1)
 class _Now(threading.local):
     kind: Kind | None = None
     number: int = 0
+    number_around: int = 0
 
 
 _now = _Now()
@@ -39,6 +40,11 @@ def number_now() -> int:
     return _now.number
 
 
+def number_around() -> int:
+    """The number of the passage that the second one began in; 0 outside of all."""
+    return _now.number_around
+
+
 def is_second() -> bool:
     """Whether gradients are being computed in a precision of their own."""
     return _now.kind in ("again", "gradient")
@@ -47,8 +53,9 @@ def is_second() -> bool:
 @contextlib.contextmanager
 def passing(kind: Kind) -> Iterator[None]:
     """Say where this thread is; every second passage gets a number of its own."""
-    before = _now.kind, _now.number
+    before = _now.kind, _now.number, _now.number_around
     if kind == "again":
+        _now.number_around = _now.number
         _now.number = next(_numbers)
     elif kind == "forward":
         _now.number = 0
@@ -56,4 +63,4 @@ def passing(kind: Kind) -> Iterator[None]:
     try:
         yield
     finally:
-        _now.kind, _now.number = before
+        _now.kind, _now.number, _now.number_around = before

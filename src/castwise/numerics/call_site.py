@@ -50,8 +50,11 @@ _KINDS: dict[str, _Kind] = {
     f"{_TORCH}/_higher_order_ops/": "passage",
     f"{_TORCH}/_ops.py": "passage",
     f"{_TORCH}/_prims/rng_prims.py": "passage",
+    f"{_TORCH}/autograd/function.py": "passage",
     f"{_TORCH}/": "torch",
     f"{_CASTWISE}/autocast_kernels.py": "table",
+    f"{_CASTWISE}/graph/apart.py": "passage",
+    f"{_CASTWISE}/graph/regions.py": "passage",
     f"{_CASTWISE}/numerics/replay.py": "passage",
     f"{_CASTWISE}/numerics/": "witness",
     f"{_CASTWISE}/layers/": "user",
@@ -85,6 +88,10 @@ class CallSite:
 
     graph_of: str | None = None
     """fqn of the compiled module, where the call was part of a captured graph."""
+
+    traced_in: Literal["forward", "backward"] | None = None
+    """The stage that a node of a graph captured ahead of time comes from; it may run in
+    the other one, where that saves memory."""
 
 
 class CallSites:
@@ -168,9 +175,19 @@ class CallSites:
         where, author = _where_of_node(meta.get("stack_trace") or "")
         call = _source_name(*sources[-1]) if sources else None
         return path, CallSite(
-            module=module, where=where, call=call, names_dtype=False, author=author
+            module=module,
+            where=where,
+            call=call,
+            names_dtype=False,
+            author=author,
+            traced_in=_TAGS.get(meta.get("partitioner_tag")),
         )
 
+
+_TAGS: dict[Any, Literal["forward", "backward"]] = {
+    "is_forward": "forward",
+    "is_backward": "backward",
+}
 
 _NOWHERE = CallSite(
     module=None, where="unknown", call=None, names_dtype=False, author="torch"

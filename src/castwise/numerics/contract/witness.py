@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from castwise.dtypes import dtype_of
 from castwise.fp8_products import CARRIER, GRADIENT, is_rounded, multiplied
-from castwise.islands.passage import is_second, number_now
+from castwise.islands.passage import is_second, number_around, number_now
 from castwise.numerics.call_site import CallSite, CallSites
 from castwise.numerics.contract.promise import Promise, Promises
 from castwise.numerics.contract.transport import is_transport
@@ -192,8 +192,15 @@ class Witness(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if call is None and number in self._origins:
             return
         site = self._sites.here()
+        if site.module is None and is_second():
+            site = self._of_one_operator(site)
         # A view is nobody's product; its backward is judged like one that stays as is.
         seen = call or OperatorCall(op=CAST, formats=(), num_bytes=0, num_flops=0)
+        if site.traced_in == "backward":
+            if call is not None:
+                promise = self._promises.graph_backward(call, site)
+                self._record(call, site, promise, "backward")
+            return
         in_place = func._schema.is_mutable and call is not None  # noqa: SLF001 -- the schema has no public name
         promise = self._promises.forward(
             seen,
@@ -209,6 +216,14 @@ class Witness(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if call is not None:
             self._record(call, site, promise, stage)
 
+    def _of_one_operator(self, site: CallSite) -> CallSite:
+        """The forward's site, where a plan runs one operator again for its backward."""
+        node = torch._C._current_autograd_node()  # noqa: SLF001 -- no public way to ask
+        if not isinstance(node, FunctionCtx):
+            return site
+        origin = self._origins.get((number_around(), node._sequence_nr()))  # noqa: SLF001 -- as above
+        return site if origin is None else origin.site
+
     def _see_backward(self, call: OperatorCall) -> None:
         node = torch._C._current_autograd_node()  # noqa: SLF001 -- no public way to ask
         origin = None
@@ -219,12 +234,7 @@ class Witness(TorchDispatchMode):  # type: ignore[no-untyped-call]
             site = self._sites.here(graph_of=outer)
             if site.module is None and origin is not None:
                 site = replace(site, module=origin.site.module)
-            judge = (
-                self._promises.custom_backward
-                if site.graph_of is None
-                else self._promises.graph_backward
-            )
-            self._record(call, site, judge(call, site), "backward")
+            self._record_in_function(call, site)
         elif origin is not None and origin.is_copy and call.op == _SUM:
             # The engine adds up gradients while the node of one of them is current.
             self._record(call, origin.site, self._promises.engine(), "backward")
@@ -233,6 +243,18 @@ class Witness(TorchDispatchMode):  # type: ignore[no-untyped-call]
         else:
             site = self._sites.here()
             self._record(call, site, self._promises.engine(), "backward")
+
+    def _record_in_function(self, call: OperatorCall, site: CallSite) -> None:
+        """Judge a call in the backward of a custom function, or of a captured graph."""
+        if site.graph_of is None:
+            promise = self._promises.custom_backward(call, site)
+        elif site.traced_in == "forward":
+            promise = self._promises.forward(call, site, in_place=False)
+            self._record(call, site, promise, "recompute")
+            return
+        else:
+            promise = self._promises.graph_backward(call, site)
+        self._record(call, site, promise, "backward")
 
     def _record(
         self, call: OperatorCall, site: CallSite, promise: Promise, stage: Stage
