@@ -193,7 +193,7 @@ def read_leaves(path: Path, names: Collection[str]) -> dict[str, Any]:
         except _STRANGE as error:
             raise _malformed(path) from error
     if missing := set(names) - found.keys():
-        raise _damaged(path, f"it lacks {', '.join(sorted(missing))}")
+        raise _damaged(path, f"it lacks {min(missing)}")
     return found
 
 

@@ -22,7 +22,7 @@ import shutil
 import warnings
 from concurrent.futures import Future as Pending
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
@@ -44,6 +44,7 @@ from torch.distributed.checkpoint.planner import (
     SavePlan,
     SavePlanner,
 )
+from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.checkpoint.storage import (
@@ -118,7 +119,11 @@ def begin_save(
         flatten_state_dict=False, flatten_sharded_tensors=False
     )
     saving = async_save(
-        dict(parts), storage_writer=writer, planner=planner, process_group=group
+        dict(parts),
+        storage_writer=writer,
+        planner=planner,
+        process_group=group,
+        async_stager=_Staged(),
     )
     assert isinstance(saving, Pending)
     return saving
@@ -220,7 +225,7 @@ def _apart(value: Any, path: tuple[str, ...], parts: dict[str, DTensor]) -> Any:
         stem = name = "/".join(path)
         while name in parts:
             name = f"{stem}#{len(parts)}"
-        parts[name] = cast("DTensor", value.detach())
+        parts[name] = _copied(value)
         return {_PART: name}
     if isinstance(value, torch.Tensor):
         return value.detach().clone()
@@ -231,6 +236,15 @@ def _apart(value: Any, path: tuple[str, ...], parts: dict[str, DTensor]) -> Any:
         pairs = ((k, _apart(v, (*path, str(k)), parts)) for k, v in value.items())
         return type(value)(pairs) if type(value) is dict else _ordered(value, pairs)
     return value
+
+
+def _copied(tensor: DTensor) -> DTensor:
+    """Copy what this rank holds to the CPU; it may not be written to meanwhile.
+
+    The stager of torch 2.13 does so for most tensors, and refuses empty ones of some.
+    """
+    part = tensor.to_local().detach().to("cpu", copy=True)
+    return DTensor(part, tensor._spec, requires_grad=False)  # type: ignore[no-untyped-call]  # noqa: SLF001 -- from_local would move it back to its GPU
 
 
 def _ordered(value: dict[Any, Any], pairs: Any) -> Any:
@@ -290,6 +304,22 @@ def _first_failure(error: CheckpointException) -> CastwiseError:
 def _key(index: MetadataIndex) -> str:
     """Name a part of a tensor, by where in it the part begins."""
     return f"{index.fqn}@{','.join(map(str, index.offset or ()))}"
+
+
+class _Staged(AsyncStager):
+    """Stages nothing: what comes was copied when the tree was taken apart."""
+
+    _synchronize_after_execute = False
+
+    def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Return it as it is."""
+        return state_dict
+
+    def synchronize_staging(self) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
 
 
 class _Writer(StorageWriter):
@@ -446,6 +476,11 @@ class _Reader(StorageReader):
             by_file.setdefault(self._files[_key(item.storage_index)], []).append(item)
         for name, items in by_file.items():
             path = self._folder / name
+            if not path.exists():
+                raise DamagedCheckpointError(
+                    f"{self._folder} is damaged: it lacks {name}; use an earlier "
+                    "checkpoint"
+                )
             stored = read_leaves(path, {_key(item.storage_index) for item in items})
             if stated_digest(path) != self._digests[name]:
                 raise DamagedCheckpointError(

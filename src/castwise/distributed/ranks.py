@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import distributed
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from castwise.errors import CastwiseError, SettingsError
 
@@ -120,11 +121,31 @@ def joined(ranks: Ranks, device_type: str) -> Iterator[Ranks]:
     if device_type == "cuda":
         torch.cuda.set_device(ranks.local_rank)
     backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
-    distributed.init_process_group(backend)
+    distributed.init_process_group(
+        backend,
+        store=_store(ranks),
+        rank=ranks.rank,
+        world_size=ranks.num_ranks,
+    )
     try:
         yield ranks
     finally:
         distributed.destroy_process_group()
+
+
+def _store(ranks: Ranks) -> Store:
+    """Return where the processes find each other, apart from those of former starts.
+
+    A torchrun that starts killed processes again lets them meet in the store of those
+    killed (torch 2.13), where the addresses of these still stand: whoever reads one too
+    early waits for a process that is gone.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    is_agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = TCPStore(
+        host, port, ranks.num_ranks, is_master=ranks.is_first and not is_agents
+    )
+    return PrefixStore(f"castwise/{ranks.num_restarts}", store)
 
 
 def from_first(ranks: Ranks, make: Callable[[], _T]) -> _T:
