@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
+import numba
 from llvmlite import ir
 from numba import types
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
@@ -28,8 +29,22 @@ from numba.extending import (
 
 NUM_LANES = 8
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
-class LanesType(types.Type):  # type: ignore[misc]
+
+def part(function: _Function) -> _Function:
+    """Compile what entry points call; a product and a sum may become one operation."""
+    njit: Any = numba.njit  # its types know fewer options than it takes
+    compile_ = njit(
+        fastmath={"contract"},
+        error_model="numpy",
+        no_cpython_wrapper=True,  # nobody calls it from Python
+        no_cfunc_wrapper=True,
+    )
+    return cast("_Function", compile_(function))
+
+
+class LanesType(types.Type):
     """The type of eight numbers of one format."""
 
     def __init__(self, scalar: Any) -> None:
@@ -51,20 +66,20 @@ def _vector(scalar: Any, length: int = NUM_LANES) -> ir.VectorType:
 
 
 @register_model(LanesType)
-class _LanesModel(models.PrimitiveModel):  # type: ignore[misc]
+class _LanesModel(models.PrimitiveModel):
     """A vector register."""
 
     def __init__(self, manager: Any, kind: LanesType) -> None:
-        super().__init__(manager, kind, _vector(kind.scalar))
+        super().__init__(manager, kind, _vector(kind.scalar))  # type: ignore[no-untyped-call]
 
 
-class _Binary(AbstractTemplate):  # type: ignore[misc]
+class _Binary(AbstractTemplate):
     """Lanes and lanes of one format give lanes."""
 
     def generic(self, args: Sequence[Any], kws: Any) -> Any:
         if kws or not all(isinstance(arg, LanesType) for arg in args):
             return None
-        return signature(args[0], *args) if len(set(args)) == 1 else None
+        return signature(args[0], *args) if len(set(args)) == 1 else None  # type: ignore[no-untyped-call]
 
 
 def _operator(function: Callable[..., Any], instruction: str, arity: int) -> None:
@@ -74,8 +89,8 @@ def _operator(function: Callable[..., Any], instruction: str, arity: int) -> Non
         del context, sig
         return getattr(builder, instruction)(*values)
 
-    infer_global(function)(type(f"_Lanes_{instruction}", (_Binary,), {"key": function}))
-    lower_builtin(function, *[LanesType] * arity)(generate)
+    infer_global(function)(type(f"_Lanes_{instruction}", (_Binary,), {"key": function}))  # type: ignore[no-untyped-call]
+    lower_builtin(function, *[LanesType] * arity)(generate)  # type: ignore[no-untyped-call]
 
 
 for _function, _instruction in (
@@ -186,7 +201,7 @@ load: Any = intrinsic(_to_load)
 def _to_load_pairs(typing_context: Any, address: Any, stored: Any, wanted: Any) -> Any:
     del typing_context
     lanes = lanes_of(wanted)
-    pair = types.UniTuple(lanes, 2)
+    pair = types.UniTuple(lanes, 2)  # type: ignore[no-untyped-call]
 
     def generate(context: Any, builder: Any, sig: Any, values: Any) -> Any:
         _, stored, wanted = sig.args
@@ -235,7 +250,7 @@ def _to_store_pairs(
         stored = sig.args[3]
         parts = [_as_format(builder, value, _vector(stored)) for value in values[1:3]]
         mask = [part * NUM_LANES + i for i in range(NUM_LANES) for part in range(2)]
-        both = _shuffled(builder, *parts, mask)
+        both = _shuffled(builder, parts[0], parts[1], mask)
         pointer = _at(builder, values[0], _vector(stored, 2 * NUM_LANES))
         builder.store(both, pointer, align=_bytes(stored))
         return context.get_dummy_value()

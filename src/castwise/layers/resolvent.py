@@ -119,23 +119,43 @@ def resolvent_diagonal(
         SettingsError: if the shapes do not fit.
         SolverError: if T - z I is singular.
     """
-    with torch.autocast(diagonal.device.type, enabled=False):
-        *batch, num_sites = diagonal.shape
-        dtype = torch.float32
-        for part in (diagonal, upper, lower):
-            dtype = torch.promote_types(dtype, part.dtype)
-        if num_sites == 0:
-            return diagonal.to(dtype.to_complex())
-        point = torch.as_tensor(z, device=diagonal.device).to(torch.complex128)
-        out = _Resolvent.apply(  # type: ignore[no-untyped-call]
-            diagonal.to(dtype).reshape(-1, num_sites),
+    device_type = diagonal.device.type
+    if torch.is_autocast_enabled(device_type):
+        with torch.autocast(device_type, enabled=False):
+            return _flattened(diagonal, upper, lower, z, precision, causal)
+    return _flattened(diagonal, upper, lower, z, precision, causal)
+
+
+def _flattened(
+    diagonal: Tensor,
+    upper: Tensor,
+    lower: Tensor,
+    z: Tensor | complex,
+    precision: ResolventPrecision,
+    causal: bool,
+) -> Tensor:
+    """Bring the inputs into one dtype and one batch dimension, and compute."""
+    *batch, num_sites = diagonal.shape
+    dtype = torch.float32
+    for part in (diagonal, upper, lower):
+        dtype = torch.promote_types(dtype, part.dtype)
+    if num_sites == 0:
+        return diagonal.to(dtype.to_complex())
+    flat = len(batch) == 1
+    point = torch.as_tensor(z, device=diagonal.device).to(torch.complex128)
+    point = _expand("z", point, batch)
+    out = cast(
+        "Tensor",
+        _Resolvent.apply(  # type: ignore[no-untyped-call]
+            (diagonal if flat else diagonal.reshape(-1, num_sites)).to(dtype),
             _couplings("upper", upper, batch, num_sites - 1).to(dtype),
             _couplings("lower", lower, batch, num_sites - 1).to(dtype),
-            _expand("z", point, batch).reshape(-1),
+            point if flat else point.reshape(-1),
             precision,
             causal,
-        )
-    return cast("Tensor", out).reshape(*batch, num_sites)
+        ),
+    )
+    return out if flat else out.reshape(*batch, num_sites)
 
 
 def arithmetic_of_forward(
@@ -211,19 +231,14 @@ class _Resolvent(torch.autograd.Function):
         if found.bond is not None:
             by_upper = _as_input(found.bond * lower, upper)
             by_lower = _as_input(found.bond * upper, lower)
-        return (
-            _as_input(found.site, d),
-            by_upper,
-            by_lower,
-            found.point.conj(),
-            None,
-            None,
-        )
+        by_z = found.point.conj() if ctx.needs_input_grad[3] else None
+        return _as_input(found.site, d), by_upper, by_lower, by_z, None, None
 
 
 def _as_input(analytic: Tensor, given: Tensor) -> Tensor:
     """Turn an analytic derivative into PyTorch's gradient of this input."""
-    analytic = analytic.sum_to_size(given.shape)
+    if analytic.shape != given.shape:
+        analytic = analytic.sum_to_size(given.shape)
     if given.is_complex():
         return analytic.conj().to(given.dtype)
     return (analytic.real if analytic.is_complex() else analytic).to(given.dtype)
@@ -284,6 +299,8 @@ def _couplings(name: str, value: Tensor, batch: list[int], length: int) -> Tenso
             f"resolvent_diagonal needs {name} with {length} entries, one fewer than the"
             f" diagonal; got shape {tuple(value.shape)}."
         )
+    if value.dim() == 1 and len(value) == length:
+        return value.unsqueeze(0)
     if all(size == 1 for size in value.shape[:-1]):
         return _expand(name, value.reshape(1, value.shape[-1]), [1, length])
     return _expand(name, value, [*batch, length]).reshape(prod(batch), length)

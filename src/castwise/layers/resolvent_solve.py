@@ -231,7 +231,7 @@ def _kernel_fits(chain: Chain) -> bool:
     return (
         chain.d.device.type == "cpu"
         and not chain.d.is_complex()
-        and len(chain.d) > 0
+        and chain.d.shape[0] > 0
         and kernel_available().value
     )
 
@@ -274,18 +274,18 @@ def _star_gradient(
 
 
 def _kernel_inputs(chain: Chain, wide: bool) -> tuple[tuple[Any, ...], Any]:
-    """Prepare the arguments that both entry points share, and what must outlive them."""
+    """Prepare what both entry points take, and what must live until they return."""
     from castwise.layers.resolvent_kernel import scratch  # noqa: PLC0415 -- see above
 
     d, k, z = chain.d.contiguous(), chain.k.contiguous(), chain.z.resolve_conj()
     z = z.contiguous()
     num_rows, num_sites = d.shape
     one = _FP64 if wide else _FP32
-    tile, memory = scratch(num_sites, 8 * one.itemsize)
+    tile, memory = scratch(num_sites, one.itemsize)
     return (
         d.data_ptr(),
         k.data_ptr(),
-        0 if len(k) == 1 else (num_sites - 1) * k.itemsize,
+        0 if k.shape[0] == 1 else (num_sites - 1) * k.itemsize,
         z.data_ptr(),
         num_rows,
         num_sites,
