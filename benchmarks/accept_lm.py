@@ -12,7 +12,8 @@ under `validate` with islands and without, what `search` holds high when nobody 
 where the sensitive layers are, and how many bytes a step keeps for its backward.
 
 Who predicts better is reported and has no threshold. Exits with 1 when a threshold is
-missed. `--steps` and `--seeds` make it small, for a look at whether it runs.
+missed. `--steps` and `--seeds` make it small, for a look at whether it runs. With
+`--keep`, what was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -119,12 +120,8 @@ def train(recipe: str, arm: str, seed: int, folder: Path, steps: int) -> Run:
     command += ["--seed", str(seed), "--out", str(out), "--threads", "1"]
     command += ["--data", str(folder / "data"), "--keep-last", "1"]
     command += ["--steps", str(steps)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}\n{done.stderr}")
+    if not (out / "report.json").exists():  # written last
+        _run([*command, "--resume"] if (out / "checkpoints").exists() else command)
     records = read_journal(out)
     lines = [one.values for one in records if one.event == "train"]
     epochs = [one.values for one in records if one.event == "epoch"]
@@ -148,6 +145,15 @@ def train(recipe: str, arm: str, seed: int, folder: Path, steps: int) -> Run:
         peak_mib=max(values["train_peak_mib"] for values in epochs),
         num_weights=int(_facts(out)["num_parameters"]),
     )
+
+
+def _run(command: list[str]) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}\n{done.stderr}")
 
 
 def _worst(lines: list[Any], name: str, of: Any) -> float | None:
@@ -345,7 +351,9 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--steps", type=int, help="at least 10, the first line")
     parser.add_argument("--only", choices=sorted(RECIPES))
-    parser.add_argument("--keep", type=Path, help="a folder that keeps the runs")
+    parser.add_argument(
+        "--keep", type=Path, help="a folder that keeps the runs, and goes on"
+    )
     flags = parser.parse_args()
     names = [flags.only] if flags.only else list(RECIPES)
     record: dict[str, Any] = {
