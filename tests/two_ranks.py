@@ -1,4 +1,4 @@
-"""Two processes that talk over gloo, for tests of what is distributed.
+"""Two processes that talk over gloo, or more, for tests of what is distributed.
 
     def scene(rank: int, name: str) -> dict[str, Any]: ...
 
@@ -37,25 +37,25 @@ SECONDS = 100
 class TwoRanks:
     """The processes, and what they are asked to do."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_ranks: int = 2) -> None:
+        self._num_ranks = num_ranks
         self._processes: list[Any] = []
         self._connections: list[Connection] = []
 
     def __call__(
         self, scene: Callable[..., Any], *args: Any, seconds: float = SECONDS
-    ) -> tuple[Any, Any]:
-        """Play a scene on both ranks; returns what they returned."""
+    ) -> tuple[Any, ...]:
+        """Play a scene on all ranks; returns what they returned."""
         if not self._processes:
             self._start()
         path = scene.__code__.co_filename
         for connection in self._connections:
             connection.send((path, scene.__qualname__, args))
         try:
-            zero, one = self._answers(time.monotonic() + seconds)
+            return tuple(self._answers(time.monotonic() + seconds))
         except BaseException:
             self.stop()
             raise
-        return zero, one
 
     def stop(self) -> None:
         """End the processes, by force if need be; the next scene starts new ones."""
@@ -70,10 +70,10 @@ class TwoRanks:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         store = tempfile.mktemp(prefix="castwise-two-ranks-")  # noqa: S306 -- gloo makes the file itself
-        for rank in range(2):
+        for rank in range(self._num_ranks):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_work, args=(rank, store, theirs), daemon=True
+                target=_work, args=(rank, self._num_ranks, store, theirs), daemon=True
             )
             process.start()
             theirs.close()
@@ -82,7 +82,7 @@ class TwoRanks:
 
     def _answers(self, deadline: float) -> list[Any]:
         answers: dict[int, Any] = {}
-        while len(answers) < 2:
+        while len(answers) < self._num_ranks:
             for rank, connection in enumerate(self._connections):
                 if rank in answers or not connection.poll(0.01):
                     continue
@@ -90,10 +90,10 @@ class TwoRanks:
                 assert fine, f"rank {rank} failed:\n{answer}"
                 answers[rank] = torch.load(io.BytesIO(answer), weights_only=False)
             assert time.monotonic() < deadline, f"only ranks {list(answers)} answered"
-        return [answers[0], answers[1]]
+        return [answers[rank] for rank in range(self._num_ranks)]
 
 
-def _work(rank: int, store: str, connection: Connection) -> None:
+def _work(rank: int, num_ranks: int, store: str, connection: Connection) -> None:
     """Play scenes until there are no more."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -101,7 +101,7 @@ def _work(rank: int, store: str, connection: Connection) -> None:
         "gloo",
         init_method=f"file://{store}",
         rank=rank,
-        world_size=2,
+        world_size=num_ranks,
         timeout=timedelta(seconds=SECONDS),
     )
     while True:

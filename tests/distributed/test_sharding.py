@@ -29,10 +29,10 @@ from shared_net import (
 from two_ranks import TwoRanks
 
 
-def compiled_run(rank: int, name: str) -> dict[str, Any]:
+def compiled_run(rank: int, name: str, recomputed: str = "") -> dict[str, Any]:
     """As `sharded_run`, with compiled blocks that are one group each."""
     torch.compiler.reset()
-    return sharded_run(rank, name, gather="stored", compiled=True)
+    return sharded_run(rank, name, recomputed, gather="stored", compiled=True)
 
 
 def sharded_run(
@@ -100,10 +100,11 @@ def test_blocks_may_be_recomputed(two_ranks: TwoRanks, recomputed: str) -> None:
         assert_close(found, expected, LAST_BITS)
 
 
-def test_blocks_may_be_compiled(two_ranks: TwoRanks) -> None:
+@pytest.mark.parametrize("recomputed", ["", "not reentrant"])
+def test_blocks_may_be_compiled(two_ranks: TwoRanks, recomputed: str) -> None:
     """Each block one full graph, whose weights FSDP2 gathers before it begins."""
     expected = whole_run("bf16-mixed fp32")
-    for found in two_ranks(compiled_run, "bf16-mixed fp32"):
+    for found in two_ranks(compiled_run, "bf16-mixed fp32", recomputed):
         assert_close(found, expected, LAST_BITS)
 
 

@@ -17,9 +17,11 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from castwise.distributed.replication import replicate
 from castwise.errors import WeightStorageError
 from castwise.optim import AdamW, HeldWeights, SweepSettings, hold_weights
 from castwise.optim.shards import is_sharded
+from castwise.policy import preset
 from two_ranks import TwoRanks
 
 EIGHT = SweepSettings(states="8bit", min_8bit_size=2048, backend="twin", max_norm=1e9)
@@ -263,6 +265,30 @@ def test_gradients_of_shards_are_released_in_the_backward(two_ranks: TwoRanks) -
     for found in two_ranks(released):
         assert found["free"]
         assert_same(found["weights"], expected)
+
+
+def refused_replicas(rank: int) -> list[str]:
+    """Hold weights in ways that DDP does not go along with."""
+    del rank
+    said = []
+    ways: list[dict[str, Any]] = [{"release_gradients": True}, {"grad_format": "fp32"}]
+    for way in ways:
+        model = net()
+        hold_weights(torch.optim.SGD(model.parameters(), lr=0.1), **way)
+        try:
+            replicate(model, preset("bf16-true"))
+        except WeightStorageError as error:
+            said.append(str(error))
+    return said
+
+
+def test_replicas_do_not_step_by_gradients_of_their_own(two_ranks: TwoRanks) -> None:
+    """Each rank would drift away in silence, or DDP stop with formats that differ."""
+    for released, wide in two_ranks(refused_replicas):
+        assert "'0.weight' is updated in the backward, before DDP" in released
+        assert "leave release_gradients out, or use castwise.shard" in released
+        assert "gets gradients in torch.float32" in wide
+        assert "r=fp32" in wide
 
 
 def wide_gradients(rank: int) -> str:

@@ -34,9 +34,10 @@ from castwise.distributed.formats import bits_of, reduced_in
 from castwise.distributed.gradients import share_step
 from castwise.distributed.low_rank import LowRank, Travel
 from castwise.dtypes import dtype_of
-from castwise.errors import SettingsError
+from castwise.errors import SettingsError, WeightStorageError
 from castwise.islands import module_facts
 from castwise.islands.layout import governing_fqn
+from castwise.optim.holding import HeldWeights
 from castwise.policy.bound import BoundPolicy
 from castwise.policy.precision import Precision
 
@@ -73,6 +74,8 @@ def replicate(
     Raises:
         SettingsError: No process group is there, a weight will change its format, or
             gradients cannot be compressed so.
+        WeightStorageError: Gradients are stepped by before DDP has summed them, or in a
+            format that it cannot sum.
         UnmatchedRuleError: A rule matches nothing in the model.
     """
     if not distributed.is_initialized():
@@ -89,6 +92,7 @@ def replicate(
     if compression.method in ("bf16", "fp16"):
         narrow = Precision(reduce=compression.method).over(bound.policy.default)
         bound = bound.policy.with_default(narrow).bind(module_facts(model))
+    _refuse_own_ways(model)
     formats = _formats(model, bound)
     if compression.method == "powersgd":
         _refuse_unknown_scale(bound, loss_scale)
@@ -157,6 +161,25 @@ def _travels(
             may_shrink=weight.is_floating_point() and bits_of(own) <= bits_of(usual),
         )
     return found
+
+
+def _refuse_own_ways(model: nn.Module) -> None:
+    """Refuse what would step by the gradients of one process, or stop in the middle."""
+    for name, weight in model.named_parameters():
+        hooks = getattr(weight, "_post_accumulate_grad_hooks", None) or {}
+        owners = (getattr(hook, "__self__", None) for hook in hooks.values())
+        if any(isinstance(each, HeldWeights) for each in owners):
+            raise WeightStorageError(
+                f"{name!r} is updated in the backward, before DDP has summed its "
+                "gradient, and the buckets of DDP would keep the gradients anyway; "
+                "leave release_gradients out, or use castwise.shard"
+            )
+        if getattr(weight, "grad_dtype", weight.dtype) not in {None, weight.dtype}:
+            raise WeightStorageError(
+                f"{name!r} gets gradients in {weight.grad_dtype}, and the buckets of "
+                f"DDP hold {weight.dtype}; leave grad_format out, and let a rule with "
+                "r=fp32 sum them in fp32"
+            )
 
 
 def _refuse_unknown_scale(bound: BoundPolicy, loss_scale: LossScale | None) -> None:
