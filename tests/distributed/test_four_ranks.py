@@ -91,7 +91,7 @@ def whole_state(rank: int) -> Any:
 
 @pytest.mark.slow
 def test_four_processes_compute_what_one_would() -> None:
-    """Under DDP, FSDP2 and both, with islands in fp32 and fp64; the odd one is named."""
+    """DDP, FSDP2 and both, with islands in fp32 and fp64; the odd one is named."""
     four_ranks = TwoRanks(4)
     try:
         for name in ("bf16-mixed fp32", "bf16-mixed fp64"):

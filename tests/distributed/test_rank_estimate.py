@@ -19,6 +19,7 @@ from castwise.optim import AdamW
 from castwise.policy import preset
 from castwise.training.step import prepare
 from castwise.training.step_memory import estimate_of_step, watch_step
+from shared_net import Messages
 from two_ranks import TwoRanks
 
 WIDTH = 66
@@ -152,6 +153,39 @@ def test_bytes_on_the_wire_follow_the_arithmetic() -> None:
     assert sums.bytes_sent == pytest.approx(4 * numel / 2, rel=0.01)
     (ring,) = told("32-true", "ddp", num_ranks=4).exchanges
     assert ring.bytes_sent == round(2 * 3 / 4 * 4 * numel)
+
+
+def sent_in_a_step(rank: int, name: str, strategy: str) -> dict[str, tuple[int, int]]:
+    """Number and bytes of the messages of one step, counted below autograd."""
+    del rank
+    model, policy, (tokens, target) = Net(), preset(name), batch_of(3)
+    if strategy == "fsdp":
+        shard(model, policy)
+    run = prepare(model, AdamW(list(model.parameters())), policy)
+    ddp = replicate(model, policy) if strategy == "ddp" else model
+    for _ in range(2):  # DDP deals its buckets anew after the first
+        with Messages() as noted, run.step() as step:
+            step.backward(loss_of(ddp(tokens), target))
+    found: dict[str, tuple[int, int]] = {}
+    for op, dtype, numel in noted.sent:
+        width = getattr(torch, dtype.removeprefix("torch.")).itemsize
+        if numel > 1:  # and not what ranks agree on before they step
+            number, total = found.get(op, (0, 0))
+            found[op] = number + 1, total + numel * width
+    return found
+
+
+@pytest.mark.parametrize("name", ["32-true", "bf16-mixed", "bf16-true"])
+def test_bytes_foretold_are_those_that_are_sent(two_ranks: TwoRanks, name: str) -> None:
+    """Each message of FSDP2 and each byte of both, counted in a real step."""
+    sharded, _ = two_ranks(sent_in_a_step, name, "fsdp")
+    gathers, sums = told(name, "fsdp", num_rows=3).exchanges
+    number, total = sharded["_allgather_base_"]  # of what has arrived: both parts
+    assert (gathers.num_messages, gathers.bytes_sent) == (number, total // 2)
+    assert (sums.num_messages, sums.bytes_sent) == sharded["_reduce_scatter_base_"]
+    replicas, _ = two_ranks(sent_in_a_step, name, "ddp")
+    (ring,) = told(name, "ddp", num_rows=3).exchanges
+    assert ring.bytes_sent == replicas["allreduce_"][1]
 
 
 def test_more_ranks_hold_less_each() -> None:
