@@ -355,3 +355,17 @@ def test_state_of_another_curriculum_is_refused() -> None:
     state["places"]["d"]["stage"] = "z"
     with pytest.raises(ContradictionError, match="stands in stage z of d"):
         curriculum.load_state_dict(state)
+
+
+def test_stages_that_outlast_the_run_are_refused() -> None:
+    """The last stage needs an epoch; the message says how many are missing."""
+    waits = Stage(name="a", max_epochs=3)
+    may_end = Stage(name="b", min_epochs=2, advance=parse_condition("m > 1"))
+    walk = Curriculum((Dimension(name="d", stages=(waits, may_end, Stage(name="c"))),))
+    walk.check_length(6)
+    with pytest.raises(
+        SettingsError, match=r"before c last 5 epochs.*shorten them by 1"
+    ):
+        walk.check_length(5)
+    with pytest.raises(SettingsError, match="has 3; shorten them by 3"):
+        walk.check_length(3)

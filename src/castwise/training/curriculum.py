@@ -49,6 +49,13 @@ class Stage:
     rehearsal: float = 0.0
     """Share of the training that goes, evenly, to the stages before this one."""
 
+    @property
+    def least_epochs(self) -> int:
+        """Epochs that it lasts in any case, when another one follows."""
+        if self.advance is None and self.max_epochs is not None:
+            return self.max_epochs
+        return self.min_epochs
+
     def __post_init__(self) -> None:
         """Refuse lengths and shares that have no meaning.
 
@@ -230,6 +237,22 @@ class Curriculum:
                                 f"measure {measure}{did_you_mean(measure, known)}; the "
                                 f"evaluation gives {', '.join(known)}"
                             )
+
+    def check_length(self, num_epochs: int) -> None:
+        """Refuse stages that leave no epoch of a run to the last one.
+
+        Raises:
+            SettingsError: Naming the dimension, and by how much it is too long.
+        """
+        for dimension in self._dimensions.values():
+            *earlier, last = dimension.stages
+            least = sum(stage.least_epochs for stage in earlier)
+            if least >= num_epochs:
+                raise SettingsError(
+                    f"dimension {dimension.name}: the stages before {last.name} last "
+                    f"{least} epochs or more, and the run has {num_epochs}; shorten "
+                    f"them by {least - num_epochs + 1}, or train longer"
+                )
 
     def stage(self, name: str) -> Stage | None:
         """The stage in which a dimension stands; None if it is not walked."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -172,3 +173,11 @@ def test_a_bad_curriculum_is_refused_before_anything_is_made(tmp_path: Path) -> 
     assert "no measure solvd" in done.stderr
     assert "Traceback" not in done.stderr
     assert not [*(tmp_path / "run").glob("checkpoints/*")]
+
+
+def test_a_file_whose_stages_outlast_the_run_is_refused() -> None:
+    """Nobody trains for hours to learn that the last stage never came."""
+    text = FILE.replace("advance: epoch >= 1", "max_epochs: 2")
+    settings = replace(TINY, curriculum_text=text, num_steps=2, evaluate_every=1)
+    with pytest.raises(SettingsError, match=r"the run has 2; shorten them by"):
+        curriculum_of(settings)

@@ -67,3 +67,10 @@ def test_settings_of_another_version_are_refused() -> None:
     description["colour"] = "red"
     with pytest.raises(SettingsError, match="colour"):
         KenKenSettings.from_description(description)
+
+
+@pytest.mark.parametrize("shares", [(0.5, 0.6), (1.5, -0.5)])
+def test_shares_that_do_not_sum_to_one_are_refused(shares: tuple[float, float]) -> None:
+    """Before any puzzle is made, with the sum."""
+    with pytest.raises(SettingsError, match=r"sum to 1, got .* which sum to"):
+        dataclasses.replace(PRESETS["tiny"], size_shares=shares)

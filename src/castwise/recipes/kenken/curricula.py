@@ -105,11 +105,14 @@ def curriculum_of(settings: KenKenSettings) -> Curriculum:
     """Return the curriculum of a run: from its file, or the default one.
 
     Raises:
-        SettingsError: The file's text is no curriculum of this run.
+        SettingsError: The file's text is no curriculum of this run, or its stages last
+            longer than the run.
     """
     text, walked = settings.curriculum_text, settings.walked
     if text:
-        return parse_curriculum(text, settings, enabled=walked or None)
+        curriculum = parse_curriculum(text, settings, enabled=walked or None)
+        curriculum.check_length(-(-settings.num_steps // settings.evaluate_every))
+        return curriculum
     return parse_curriculum(default_text(settings), settings, enabled=walked)
 
 

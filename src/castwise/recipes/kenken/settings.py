@@ -11,9 +11,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import isclose
 from typing import Any
 
 from castwise.errors import SettingsError
+from castwise.recipes.average_choice import refuse_average
 
 DIMENSIONS = ("size", "mode", "fill")
 MODE_NAMES = ("standard", "zero", "negative")
@@ -75,8 +77,17 @@ class KenKenSettings:
     decay_share: float = 0.35
     """Share of the run in which the learning rate falls."""
 
+    average: str = "ema"
+    """Averaged weights that are evaluated and saved: none, ema or lawa."""
+
     average_decay: float = 0.995
-    """Decay of the averaged weights that are evaluated and saved; 0 for none."""
+    """Of ema: weight of the past."""
+
+    average_every: int = 10
+    """Of lawa: updates from one weight that is kept to the next."""
+
+    average_count: int = 8
+    """Of lawa: how many weights are kept."""
 
     num_train: int
     """Training puzzles of each size and mode."""
@@ -120,11 +131,12 @@ class KenKenSettings:
                 raise SettingsError(
                     f"{name} must be at least 1, got {getattr(self, name)}."
                 )
-        for name in ("latin_share", "empty_share", "max_reveal", "average_decay"):
+        for name in ("latin_share", "empty_share", "max_reveal"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise SettingsError(
                     f"{name} must lie in [0, 1), got {getattr(self, name)}."
                 )
+        refuse_average(self)
         if self.seed < 0:
             raise SettingsError(f"A seed must not be negative, got {self.seed}.")
 
@@ -149,11 +161,19 @@ class KenKenSettings:
             values = getattr(self, name)
             if len(set(values)) != len(values):
                 raise SettingsError(f"{name} names one of {values} twice.")
+        self._check_shares()
+
+    def _check_shares(self) -> None:
         for name in ("size", "mode"):
             items, shares = getattr(self, f"{name}s"), getattr(self, f"{name}_shares")
             if len(shares) != len(items):
                 raise SettingsError(
                     f"{len(items)} {name}s need as many shares, got {shares}."
+                )
+            if min(shares) < 0 or not isclose(sum(shares), 1.0, abs_tol=1e-6):
+                raise SettingsError(
+                    f"Shares of {name}s must not be negative and sum to 1, got "
+                    f"{shares}, which sum to {sum(shares):g}; divide each by the sum."
                 )
 
     def describe(self) -> dict[str, Any]:
@@ -171,6 +191,7 @@ class KenKenSettings:
             SettingsError: If a name is unknown or missing.
         """
         known = {field.name for field in dataclasses.fields(cls)}
+        description = {**_UNKNOWN_BEFORE, **description}
         if set(description) != known:
             odd = sorted(set(description) ^ known)
             raise SettingsError(
@@ -294,6 +315,9 @@ PRESETS: Mapping[str, KenKenSettings] = {
         checkpoint_every=1000,
     ),
 }
+
+_UNKNOWN_BEFORE = {"average": "ema", "average_every": 10, "average_count": 8}
+"""What earlier runs had without saying so."""
 
 
 def settings_of(preset: str, changes: Mapping[str, Any]) -> KenKenSettings:
