@@ -28,15 +28,17 @@ def chain(num_sites: int, *, batch: int = 3, eta: float = 1.0, seed: int = 0) ->
     return d, b, b.flip(-1) + 0.25, torch.tensor(0.3 + 1j * eta)
 
 
-@pytest.fixture(params=["kernel", "kernel in tiles", "odd_even"])
+@pytest.fixture(params=["kernel", "kernel in tiles", "numpy", "torch"])
 def tier(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Run a test with the compiled kernel, whole and in tiles, and with plain torch."""
-    if request.param == "odd_even":
+    """Run a test with every tier of the CPU, the kernel whole and in tiles."""
+    if request.param in {"numpy", "torch"}:
         monkeypatch.setattr(resolvent_solve, "_kernel_fits", lambda _: False)
     else:
         assert resolvent_solve.kernel_available().value
     if request.param == "kernel in tiles":
         monkeypatch.setattr(resolvent_kernel, "TILE", 16)
+    if request.param == "torch":  # as on a device that NumPy cannot reach
+        monkeypatch.setattr(resolvent_solve, "_in_numpy", lambda _: False)
     return str(request.param)
 
 

@@ -2,7 +2,7 @@
 
     kernel      real chains on the CPU: SIMD machine code (`resolvent_kernel`)
     star        chains on a CUDA device where Triton is installed (`star_scan`)
-    odd_even    everything else: plain torch vector steps, any device, complex chains
+    odd_even    everything else: vector steps in plain torch, on a CPU in NumPy
     projective  rows that came out non-finite although their inputs are finite
 
 Gradients are analytic (dL/da, dL/dk, dL/dz of a holomorphic function); the caller
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from castwise.decision import Decision
+from castwise.layers import odd_even_numpy
 from castwise.layers.odd_even import diagonal_along, diagonal_and_bonds, linear_scan
 from castwise.layers.projective import row_diagonal, row_gradient
 
@@ -132,23 +133,36 @@ def _any(broken: Tensor) -> Tensor | None:
     return broken if broken.any() else None
 
 
+def _in_numpy(a: Tensor) -> bool:
+    return a.device.type == "cpu"
+
+
 def _plain(chain: Chain, wide: bool) -> Tensor:
-    """Compute the diagonal in plain torch."""
+    """Compute the diagonal by the odd-even reduction."""
     a = chain.a(wide)
-    out, bonds = diagonal_and_bonds(a, chain.k.to(a.dtype))
+    k = chain.k.to(a.dtype)
+    if _in_numpy(a):
+        found = odd_even_numpy.diagonal_and_bonds(a.numpy(), k.numpy())
+        out, bonds = map(torch.from_numpy, found)
+    else:
+        out, bonds = diagonal_and_bonds(a, k)
     return left_inverse(out, bonds) if chain.causal else out
 
 
 def _plain_gradient(
     chain: Chain, upstream: Tensor, wide: bool, need_k: bool
 ) -> Gradient:
-    """Run the adjoint in plain torch."""
+    """Run the adjoint on the odd-even reduction."""
     a = chain.a(wide)
-    k = chain.k.to(a.dtype)
     if chain.causal:
-        inverse = left_inverse(*diagonal_and_bonds(a, k))
+        inverse = _plain(chain, wide)
         return adjoint(chain, inverse, inverse, inverse, upstream, need_k=need_k)
-    _, site, bond = diagonal_along(a, k, upstream.conj().to(a.dtype).resolve_conj())
+    k, along = chain.k.to(a.dtype), upstream.conj().to(a.dtype).resolve_conj()
+    if _in_numpy(a):
+        found = odd_even_numpy.diagonal_along(a.numpy(), k.numpy(), along.numpy())
+        _, site, bond = map(torch.from_numpy, found)
+    else:
+        _, site, bond = diagonal_along(a, k, along)
     return Gradient(site, -bond if need_k else None, -site.sum(-1))
 
 
