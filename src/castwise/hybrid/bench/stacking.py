@@ -61,6 +61,7 @@ ARMS: Mapping[str, Savings] = MappingProxyType(
     {
         "vanilla fp32": Savings(hybrid=False),
         "hybrid": Savings(),
+        "hybrid, on disk": Savings(predict_states="disk"),
         "+ bf16 compute": Savings(low=True),
         "+ accumulation": Savings(low=True, num_parts=4),
         "+ split weights": Savings(low=True, num_parts=4, split=True),
@@ -70,7 +71,7 @@ ARMS: Mapping[str, Savings] = MappingProxyType(
         ),
     }
 )
-"""Every arm has what the arms before it have."""
+"""Every arm with a + has what the arms with a + before it have."""
 
 
 def stacking(width: int = 256, depth: int = 3) -> dict[str, Any]:

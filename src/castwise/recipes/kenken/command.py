@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from castwise.recipes.average_choice import FIELDS, average_options
 from castwise.recipes.kenken.settings import DIMENSIONS
 
 RUNS = Path("runs") / "kenken"
@@ -23,6 +24,7 @@ CHANGES = (
     "checkpoint_every",
     "walked",
     "curriculum_text",
+    *FIELDS,
 )
 
 
@@ -129,6 +131,7 @@ CHANGES = (
 @click.option(
     "--dry-run", is_flag=True, help="Show the memory that a step will hold; train not."
 )
+@average_options
 @click.option(
     "--hybrid",
     is_flag=False,

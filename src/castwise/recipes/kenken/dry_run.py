@@ -22,6 +22,7 @@ from castwise.memory.estimate_table import show_estimate, shown_bytes
 from castwise.memory.lifetimes import tensors_within
 from castwise.memory.recompute import recompute
 from castwise.policy import Policy
+from castwise.recipes.average_choice import average_copies
 from castwise.recipes.device_choice import choose_device
 from castwise.recipes.kenken.batches import PuzzleBatch, draw_batch
 from castwise.recipes.kenken.model import (
@@ -114,7 +115,7 @@ def estimate_run(
         model = KenKenModel(model_settings(settings.model))
 
     num_parameters = sum(weight.numel() for weight in model.parameters())
-    averages = {"averaged weights": 4 * num_parameters}
+    averages = {"averaged weights": 4 * num_parameters * average_copies(settings)}
     return estimate(
         model,
         (batch.tokens, batch.alphabet, batch.relations, batch),
@@ -128,7 +129,7 @@ def estimate_run(
         ),
         device=device,
         recompute=recompute if recomputed and not model.settings.recompute else (),
-        beside=averages if settings.average_decay > 0.0 else None,
+        beside=averages if average_copies(settings) else None,
     )
 
 

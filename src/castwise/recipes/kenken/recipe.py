@@ -30,6 +30,7 @@ from castwise.memory.monitor import MemoryMonitor
 from castwise.memory.recompute import recompute
 from castwise.numerics.census import FormatCensus, observe
 from castwise.policy import Policy
+from castwise.recipes.average_choice import averages_of
 from castwise.recipes.device_choice import choose_device
 from castwise.recipes.hybrid_choice import HybridChoice, stored_settings
 from castwise.recipes.hybrid_run import PreparedRun, prepare_run
@@ -51,7 +52,7 @@ from castwise.recipes.optimizer_choice import (
 from castwise.recipes.precision_choice import PrecisionChoice
 from castwise.recipes.profile_story import journaled_profile
 from castwise.recipes.watch_story import journaled_watch
-from castwise.training.averages import Averages, ExponentialAverage, NoAverages
+from castwise.training.averages import Averages
 from castwise.training.journal import Journal
 from castwise.training.profile import StepWindow
 from castwise.training.random_state import seed_everything
@@ -439,11 +440,7 @@ def _build(
         monitor=monitor,
     )
     run = made.run
-    averages: Averages = NoAverages()
-    if settings.average_decay > 0.0:
-        averages = ExponentialAverage(
-            model, decay=settings.average_decay, held=run.held
-        )
+    averages = averages_of(settings, model, run.held)
     task = KenKenTask(
         run=run,
         model=model,

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from castwise.recipes.average_choice import FIELDS
+
 if TYPE_CHECKING:
     from castwise.recipes.precision_choice import PrecisionChoice
 
@@ -22,6 +24,7 @@ _FIELDS = {
     "overfit_batches": ("training", "overfit_batches"),
     "evaluate_every": ("training", "evaluate_every"),
     "checkpoint_every": ("training", "checkpoint_every"),
+    **{name: ("training", name) for name in FIELDS},
 }
 """Flag -> section and field of the config that it overrides."""
 
@@ -122,7 +125,7 @@ def changes_of(flags: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the settings that the flags name, by section and field."""
     changes: dict[str, dict[str, Any]] = {}
     for flag, (section, field) in _FIELDS.items():
-        value = flags[flag]
+        value = flags.get(flag)
         if value is not None and value != ():
             changes.setdefault(section, {})[field] = value
     return changes

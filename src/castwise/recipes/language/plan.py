@@ -64,6 +64,15 @@ class Recipe:
         }
 
 
+_UNKNOWN_BEFORE = {
+    "average": "none",
+    "average_decay": 0.99,
+    "average_every": 10,
+    "average_count": 8,
+}
+"""What earlier runs had without saying so."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
     """Everything but precision and place."""
@@ -182,7 +191,8 @@ def stored_settings(recipe: Recipe, facts: Mapping[str, Any]) -> Settings:
     Raises:
         SettingsError: They are those of another version.
     """
-    stored = facts["settings"]
+    stored = dict(facts["settings"])
+    stored["training"] = {**_UNKNOWN_BEFORE, **stored.get("training", {})}
     return Settings(
         **{
             name: settings_from(kind, stored.get(name, {}))

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from castwise.errors import SettingsError
+from castwise.recipes.average_choice import refuse_average
 
 VARIANTS = ("layer", "identity", "transformer")
 """The recipe's own layer; nothing in its place; a plain transformer as large."""
@@ -94,6 +95,18 @@ class TrainingSettings:
     overfit_batches: int = 0
     """Learn and measure on as many batches alone, again and again; 0: on all."""
 
+    average: str = "none"
+    """Averaged weights that are evaluated and saved: none, ema or lawa."""
+
+    average_decay: float = 0.99
+    """Of ema: weight of the past."""
+
+    average_every: int = 10
+    """Of lawa: updates from one weight that is kept to the next."""
+
+    average_count: int = 8
+    """Of lawa: how many weights are kept."""
+
     compile: str = "auto"
     """yes, no, or auto: on a GPU alone, where it takes less time than it saves."""
 
@@ -123,6 +136,7 @@ class TrainingSettings:
             value = getattr(self, name)
             if not 0.0 <= value <= 1.0:
                 raise SettingsError(f"training.{name} must lie in [0, 1], got {value}.")
+        refuse_average(self, "training.")
         if self.compile not in {"auto", "yes", "no"}:
             raise SettingsError(
                 f"training.compile needs auto, yes or no, got {self.compile!r}."

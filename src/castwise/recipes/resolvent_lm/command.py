@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from castwise.recipes.average_choice import average_options
 from castwise.recipes.language.options import (
     changes_of,
     model_options,
@@ -32,6 +33,7 @@ from castwise.recipes.language.options import (
     help="Train in phases: default, conservative, aggressive, or a YAML file.",
 )
 @click.option("--no-compile", is_flag=True, help="Never compile the blocks.")
+@average_options
 @place_options
 @click.option(
     "--strategy",

@@ -24,6 +24,7 @@ from castwise.hybrid import HybridSettings
 from castwise.layers.resolvent_health import ResolventProbe
 from castwise.memory.monitor import MemoryMonitor
 from castwise.numerics.census import observe
+from castwise.recipes.average_choice import averages_of
 from castwise.recipes.device_choice import choose_device
 from castwise.recipes.hybrid_choice import HybridChoice, stored_settings
 from castwise.recipes.hybrid_run import PreparedRun, prepare_run
@@ -47,7 +48,7 @@ from castwise.recipes.language.task import SCORE, LanguageTask
 from castwise.recipes.launch import Launch, open_launch
 from castwise.recipes.optimizer_choice import build_optimizer, decay_groups
 from castwise.recipes.resolvent_lm.model import RECIPE, build_model
-from castwise.training.averages import NoAverages
+from castwise.training.averages import Averages
 from castwise.training.random_state import seed_everything
 from castwise.training.run_folder import RunFolder
 from castwise.training.schedule import WarmupStableDecay
@@ -98,6 +99,9 @@ class Built:
 
     model: nn.Module
     """The model."""
+
+    averages: Averages
+    """What is evaluated and saved beside the weights."""
 
     supply: TokenSupply
     """Its tokens."""
@@ -227,10 +231,20 @@ def _build(
         device,
         {**measured, "compiled": str(compiled), "hybrid": stored, **launch.facts()},
     )
-    trainer = _trainer(plan, made, task, facts, folder, shelf, stack, monitor, launch)
+    averages = averages_of(training, model, run.held)
+    trainer = _trainer(
+        plan, made, task, averages, facts, folder, shelf, stack, monitor, launch
+    )
     if plan.tree is not None:
         trainer.resume(plan.tree)
-    return Built(trainer=trainer, made=made, model=model, supply=supply, facts=facts)
+    return Built(
+        trainer=trainer,
+        made=made,
+        model=model,
+        averages=averages,
+        supply=supply,
+        facts=facts,
+    )
 
 
 def _phases(plan: Plan, place: Place, folder: RunFolder) -> HybridSettings | None:
@@ -251,6 +265,7 @@ def _trainer(
     plan: Plan,
     made: PreparedRun,
     task: LanguageTask,
+    averages: Averages,
     facts: Mapping[str, Any],
     folder: RunFolder,
     shelf: CheckpointShelf,
@@ -259,7 +274,6 @@ def _trainer(
     launch: Launch,
 ) -> Trainer:
     training = plan.settings.training
-    averages = NoAverages()
     return Trainer(
         run=made.run,
         task=task,
@@ -314,7 +328,7 @@ def _tell(
     folder: RunFolder,
     launch: Launch,
 ) -> None:
-    with built.made.run.inference():
+    with built.averages.in_place_of_weights(), built.made.run.inference():
         sample = sample_text(
             built.model,
             built.supply.tokenizer,

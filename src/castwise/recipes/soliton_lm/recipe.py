@@ -203,6 +203,11 @@ def _build(
     stack: ExitStack,
 ) -> Built:
     settings, training = plan.settings, plan.settings.training
+    if training.average != "none":
+        raise SettingsError(
+            f"training.average of {RECIPE.name} needs none, got {training.average!r}: "
+            "Lightning makes its steps; take castwise train resolvent_lm"
+        )
     supply = open_supply(
         settings.text, place.data or default_folder(), tokenizer=plan.tokenizer
     )
