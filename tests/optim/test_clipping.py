@@ -71,6 +71,23 @@ def test_squares_that_overflow_fp32_do_not_make_the_norm_infinite() -> None:
     torch.testing.assert_close(torch.cat(gradients), torch.tensor([3.0, -4.0]))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_norm_of_many_narrow_numbers_is_that_of_fp64(dtype: torch.dtype) -> None:
+    """Machine code sums them on a CPU: odd sizes, other layouts, nothing but finite."""
+    lot = torch.Generator().manual_seed(0)
+    sizes = ((1_048_577,), (63,), (300, 1001), (0,), (1,))
+    gradients = [torch.randn(size, generator=lot).to(dtype) for size in sizes]
+    gradients.append(torch.randn(70, 30, generator=lot).to(dtype).T)
+    exact = math.sqrt(sum(float(each.double().square().sum()) for each in gradients))
+    assert global_norm(gradients) == pytest.approx(exact, rel=1e-6)
+    largest = torch.finfo(dtype).max
+    for value, norm in ((math.inf, math.inf), (math.nan, math.nan)):
+        gradients[0][-1] = value
+        assert global_norm(gradients) == pytest.approx(norm, nan_ok=True)
+    gradients[0][-1] = largest
+    assert global_norm(gradients) == pytest.approx(math.hypot(exact, largest), rel=1e-6)
+
+
 def test_a_norm_that_is_not_finite_clips_nothing() -> None:
     """Dividing by it would make every other gradient 0 or NaN."""
     for bad in (math.inf, math.nan):

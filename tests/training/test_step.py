@@ -19,6 +19,7 @@ from castwise.errors import (
     UnsupportedFormatError,
 )
 from castwise.loss_scale import DynamicScale, NoScale, StaticScale
+from castwise.optim import AdamW
 from castwise.optim.clipping import ByGroup, ByRow
 from castwise.policy import Policy, preset
 from castwise.training.step import Run, Skipped, Stepped, prepare
@@ -531,3 +532,26 @@ def test_a_weight_that_joins_the_optimizer_is_named_at_once() -> None:
     assert list(run.parameters()) == ["3.weight", "3.bias"]
     optimizer.add_param_group({"params": [model[0].weight, stranger]})
     assert list(run.parameters())[2:] == ["0.weight", "param_groups[1]['params'][1]"]
+
+
+def test_a_step_reads_its_gradients_once_for_norm_and_check(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A finite norm proves what the sweep would check; a fault is skipped as ever."""
+    from castwise.optim.machine_table import MachineSweeper  # imports numba
+
+    def refuse(_: MachineSweeper) -> list[bool]:
+        raise AssertionError("the gradients were read again")
+
+    monkeypatch.setattr(MachineSweeper, "nonfinite", refuse)
+    model = make_model()
+    run = prepare(model, AdamW(model.parameters(), lr=0.1), preset("bf16-true"))
+    for factor, kind in ((1.0, Stepped), (math.inf, Skipped), (1.0, Stepped)):
+        before = [weight.detach().clone() for weight in model.parameters()]
+        with run.step() as step:
+            step.backward(model(torch.ones(4, 5)).square().sum() * factor)
+        assert isinstance(step.outcome, kind)
+        same = [
+            torch.equal(*each) for each in zip(before, model.parameters(), strict=True)
+        ]
+        assert all(same) == (kind is Skipped)

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch.optim import Optimizer
-from torch.optim import optimizer as torch_optimizer
 
 from castwise.decision import Decision
+from castwise.optim.step_hooks import has_step_hooks
 from castwise.optim.sweep import SweepOptimizer
 
 PARAMETER_WISE: frozenset[type[Optimizer]] = frozenset(
@@ -49,7 +49,7 @@ def is_parameter_wise(optimizer: Optimizer) -> Decision[bool]:
         apart = optimizer.parameter_wise
     if not apart:
         return Decision(value=False, because=f"{name} may treat parameters together")
-    if _has_step_hooks(optimizer):
+    if has_step_hooks(optimizer):
         return Decision(value=False, because="step hooks expect one call a step")
     return Decision(value=True, because=f"{name} treats each parameter by itself")
 
@@ -71,16 +71,3 @@ def bites(
             size += parameter.numel()
         if bite:
             yield group, bite
-
-
-def _has_step_hooks(optimizer: Optimizer) -> bool:
-    """Return whether anybody listens to the steps of the optimizer; torch asks so."""
-    own = optimizer.__dict__
-    return any(
-        (
-            own.get("_optimizer_step_pre_hooks"),
-            own.get("_optimizer_step_post_hooks"),
-            vars(torch_optimizer).get("_global_optimizer_pre_hooks"),
-            vars(torch_optimizer).get("_global_optimizer_post_hooks"),
-        )
-    )

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +49,7 @@ class MachineSweeper(Sweeper):
 
     def __init__(self, swept: list[Swept]) -> None:
         super().__init__(swept)
-        self._table, self._owners = _table(swept)
+        self._table, self._owners = _chunks([_row(each) for each in swept])
 
     def nonfinite(self) -> list[bool]:
         """Return of each gradient whether it holds an infinity or NaN."""
@@ -63,18 +64,7 @@ class MachineSweeper(Sweeper):
 
     def square_sums(self, factor: float) -> list[float]:
         """Return the sum of the squares of each gradient times a factor, in fp64."""
-        sums = np.zeros(len(self._table))
-        scaled = np.float32(factor)
-        _in_threads(
-            lambda some: machine_checks.square_sums(
-                self._table[some], scaled, sums[some]
-            ),
-            self._table,
-            backwards=True,
-        )
-        with np.errstate(invalid="ignore"):  # inf - inf is a NaN that is looked for
-            totals = np.bincount(self._owners, sums, minlength=len(self.swept))
-        return [float(total) for total in totals]
+        return _square_sums(self._table, self._owners, len(self.swept), factor)
 
     def run(self, update: Callable[..., None]) -> None:
         """Sweep with the machine code that equals the update bit by bit."""
@@ -86,6 +76,18 @@ class MachineSweeper(Sweeper):
         _in_threads(
             lambda some: machine.sweep(rule, self._table[some], numbers), self._table
         )
+
+
+def norms(tensors: Sequence[torch.Tensor]) -> list[float]:
+    """Return the 2-norm of each tensor, fp32, bf16 or fp16, contiguous on the CPU."""
+    firsts = []
+    for each in tensors:
+        row = [0] * rows.NUM_COLUMNS
+        row[rows.COUNT], row[rows.GRADIENT] = each.numel(), each.data_ptr()
+        row[rows.GRADIENT_FORMAT] = _FORMATS[each.dtype]
+        firsts.append(row)
+    table, owners = _chunks(firsts)
+    return [math.sqrt(x) for x in _square_sums(table, owners, len(firsts), 1.0)]
 
 
 def join(high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
@@ -102,14 +104,33 @@ def split(full: torch.Tensor, high: torch.Tensor, low: torch.Tensor) -> None:
     machine_codes.split(*addresses, full.numel())
 
 
-def _table(
-    swept: list[Swept],
+def _square_sums(
+    table: npt.NDArray[np.int64],
+    owners: npt.NDArray[np.int64],
+    num_owners: int,
+    factor: float,
+) -> list[float]:
+    """Return the sum of the squares of each owner's gradients times a factor."""
+    sums = np.zeros(len(table))
+    scaled = np.float32(factor)
+    _in_threads(
+        lambda some: machine_checks.square_sums(table[some], scaled, sums[some]),
+        table,
+        backwards=True,
+    )
+    with np.errstate(invalid="ignore"):  # inf - inf is a NaN that is looked for
+        totals = np.bincount(owners, sums, minlength=num_owners)
+    return [float(total) for total in totals]
+
+
+def _chunks(
+    whole: list[list[int]],
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return a row for each chunk, and the place of its parameter."""
-    firsts = np.array([_row(each) for each in swept], np.int64)
+    """Return a row for each chunk of whole parameters, and the place of its own."""
+    firsts = np.array(whole, np.int64)
     count = firsts[:, rows.COUNT]
     num_chunks = -(-count // CHUNK)
-    owners = np.repeat(np.arange(len(swept)), num_chunks)
+    owners = np.repeat(np.arange(len(whole)), num_chunks)
     first = np.repeat(np.cumsum(num_chunks) - num_chunks, num_chunks)
     starts = (np.arange(len(owners)) - first) * CHUNK
     table = firsts[owners]

@@ -21,9 +21,11 @@ and splits them on the way, and no fp32 weight ever reaches memory. Of a sharded
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -32,9 +34,11 @@ from torch.optim import Optimizer
 
 from castwise.decision import Decision
 from castwise.errors import SettingsError, WeightStorageError
+from castwise.optim.known_finite import KnownFinite
 from castwise.optim.shards import add_up, local, sharded_like, splits_blocks
 from castwise.optim.state_formats import StateFormats
 from castwise.optim.states import BLOCK, CODES, num_blocks
+from castwise.optim.step_hooks import has_step_hooks
 from castwise.optim.swept import CompiledSweeper, Sweeper, Swept, TorchSweeper
 
 _BACKENDS = ("auto", "machine", "compiled", "twin")
@@ -110,6 +114,7 @@ class SweepOptimizer(Optimizer):
         self.settings = settings
         self.outcome = SweepOutcome(stepped=False)
         self.remainder_of: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self.known_finite: KnownFinite | None = None
         super().__init__(params, defaults)
         self._formats = StateFormats(self, check=self._check_states)
 
@@ -257,6 +262,8 @@ class SweepOptimizer(Optimizer):
         whole = [each.parameter for each in swept]
         limit = self.settings.max_norm
         if limit is None and inverse_scale <= 1:  # unscaling overflows nothing
+            if self.known_finite is not None and self.known_finite.holds_for(whole):
+                return inverse_scale, SweepOutcome(stepped=True)
             found = [float(bad) for each in sweepers for bad in each.nonfinite()]
             bad = _names(swept, [count > 0 for count in add_up(whole, found)])
             return inverse_scale, SweepOutcome(stepped=not bad, nonfinite=bad)
@@ -312,6 +319,25 @@ class SweepOptimizer(Optimizer):
                         f"{', '.join(sorted(state))}; load states of the same kind"
                     )
                 state["step"] = int(state["step"])
+
+
+@contextmanager
+def gradients_found_finite(optimizer: Optimizer) -> Iterator[None]:
+    """Let an optimizer of ours step inside without reading its gradients once more.
+
+    For who has just found all of them finite; `known_finite` says what is not believed.
+    With any other optimizer, or one that somebody listens to, nothing happens.
+    """
+    if not isinstance(optimizer, SweepOptimizer) or has_step_hooks(optimizer):
+        yield
+        return
+    groups = optimizer.param_groups
+    parameters = itertools.chain.from_iterable(group["params"] for group in groups)
+    optimizer.known_finite = KnownFinite(parameters)
+    try:
+        yield
+    finally:
+        optimizer.known_finite = None
 
 
 def check_range(name: str, value: float, low: float, high: float) -> None:

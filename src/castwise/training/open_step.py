@@ -17,6 +17,7 @@ from castwise.errors import SettingsError, StepError
 from castwise.fitting import is_sharded
 from castwise.loss_scale import NonFinite, NoScale
 from castwise.optim.clipping import ByGroup, ByRow, scale_down
+from castwise.optim.sweep import gradients_found_finite
 from castwise.training.admission import refuse_loss
 from castwise.training.outcome import Skipped, Stepped, skipped, writer_of
 from castwise.training.replay import (
@@ -207,7 +208,8 @@ class Step:
     def _update(self) -> None:
         run = self._run
         run._states.check(run.parameters)  # noqa: SLF001 -- a run and its step share it
-        run.optimizer.step()
+        with gradients_found_finite(run.optimizer):
+            run.optimizer.step()
         run._states.remember()  # noqa: SLF001 -- as above
         for watcher in run.watchers:
             watcher.ends(stepped=True)
