@@ -16,40 +16,52 @@ import torch
 from torch import Tensor
 
 
-def determinant_diagonal(d: Tensor, k: Tensor, z: Tensor) -> Tensor:
-    """G_i = theta_i phi_i / theta_N for one row, as a loop made for `torch.vmap`."""
+def determinant_diagonal(d: Tensor, b: Tensor, c: Tensor, z: Tensor) -> Tensor:
+    """G_i = theta_i phi_i / theta_N for one row, as a loop made for `torch.vmap`.
+
+    Couplings come by row and are multiplied inside of both loops, as in the original;
+    that they belong to the next site in the second one is corrected.
+    """
     a = d - z
     n = a.shape[0]
     theta = [torch.ones_like(a[0]), a[0]]
     for i in range(1, n):
-        theta.append(a[i] * theta[-1] - k[i - 1] * theta[-2])
+        theta.append(a[i] * theta[-1] - c[i - 1] * b[i - 1] * theta[-2])
     phi = [torch.ones_like(a[0])]
     if n > 1:
         phi.append(a[n - 1])
     for i in range(n - 3, -1, -1):
-        phi.append(a[i + 1] * phi[-1] - k[i + 1] * phi[-2])
+        phi.append(a[i + 1] * phi[-1] - c[i + 1] * b[i + 1] * phi[-2])
     out = torch.stack(theta[:n]) * torch.stack(phi[::-1]) / (theta[n] + 1e-18)
     finite = torch.isfinite(out.real) & torch.isfinite(out.imag)
-    return torch.where(finite, out, torch.zeros_like(out))
+    out = torch.where(finite, out, torch.zeros_like(out))
+    size = out.abs()
+    return torch.where(size > 50, out * 50 / (size + 1e-9), out)
 
 
 class OriginalResolvent(torch.autograd.Function):
-    """The vmap form with its diagonal-only backward."""
+    """The vmap form with its own backward, half diagonal, half "hypothesis 7"."""
 
     @staticmethod
-    def forward(ctx: Any, d: Tensor, k: Tensor, z: Tensor) -> Tensor:
+    def forward(ctx: Any, d: Tensor, b: Tensor, c: Tensor, z: Tensor) -> Tensor:
         """Run the recursion in complex128, keep complex64."""
-        wide = torch.vmap(determinant_diagonal, in_dims=(0, None, None))
-        out = wide(d.to(torch.complex128), k.to(torch.complex128), z)
+        wide = torch.vmap(determinant_diagonal, in_dims=(0, 0, 0, None))
+        out = wide(*(x.to(torch.complex128) for x in (d, b, c)), z)
         out = out.to(torch.complex64)
         ctx.save_for_backward(out)
-        return out
+        return torch.stack((out.real, out.imag), -1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        """Apply -Re(g G^2)."""
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        """Blend -Re(s G^2) and -Re(s / G^2)."""
         (out,) = ctx.saved_tensors
-        return -(grad * out * out).real, None, None
+        upstream = torch.complex(grad[..., 0], grad[..., 1])
+        square = out * out
+        size = square.abs()
+        safe = torch.where(size < 1e-3, square / (size + 1e-9) * 1e-3, square)
+        blend = -0.5 * (upstream * square).real - 0.5 * (upstream / (safe + 1e-6)).real
+        blend = torch.where(torch.isfinite(blend), blend, torch.zeros_like(blend))
+        return blend.clamp(-1000, 1000), None, None, None
 
 
 @numba.njit(fastmath={"contract"}, error_model="numpy")
@@ -79,6 +91,66 @@ def handwritten_simd(a_re: Any, a_im: Any, k: Any, out: Any, u: Any) -> None:
                 f = k[i - 1] / (re * re + im * im)
                 w[0, b] = f * re
                 w[1, b] = -f * im
+
+
+@numba.njit(fastmath={"contract"}, error_model="numpy")
+def handwritten_simd_gradient(  # noqa: C901 -- in one piece, as one writes it by hand
+    a_re: Any, a_im: Any, k: Any, s: Any, out: Any, store: Any
+) -> None:
+    """Pivots from both sides, then the two recurrences of the adjoint.
+
+    `s` is the conjugate of the upstream gradient; writes dL/da; the batch innermost.
+    """
+    n, rows = a_re.shape
+    for i in range(n):  # store: 1 / u, 1 / w, p, W
+        for b in range(rows):
+            re, im = a_re[i, b], a_im[i, b]
+            if i > 0:
+                re -= k[i - 1] * store[i - 1, 0, b]
+                im -= k[i - 1] * store[i - 1, 1, b]
+            f = 1 / (re * re + im * im)
+            store[i, 0, b] = re * f
+            store[i, 1, b] = -im * f
+    for i in range(n - 1, -1, -1):
+        for b in range(rows):
+            re, im = a_re[i, b], a_im[i, b]
+            if i < n - 1:
+                re -= k[i] * store[i + 1, 2, b]
+                im -= k[i] * store[i + 1, 3, b]
+            f = 1 / (re * re + im * im)
+            store[i, 2, b] = re * f
+            store[i, 3, b] = -im * f
+            if i > 0:
+                re -= k[i - 1] * store[i - 1, 0, b]
+                im -= k[i - 1] * store[i - 1, 1, b]
+            f = 1 / (re * re + im * im)
+            x, y = re * f, -im * f
+            x, y = x * x - y * y, 2 * x * y
+            p, q = s[i, 0, b], s[i, 1, b]
+            store[i, 4, b] = q * y - p * x
+            store[i, 5, b] = -(p * y + q * x)
+    for i in range(n):
+        for b in range(rows):
+            p, q = store[i, 4, b], store[i, 5, b]
+            if i > 0:
+                x, y = store[i, 2, b], store[i, 3, b]
+                re, im = k[i - 1] * (x * x - y * y), k[i - 1] * (2 * x * y)
+                x, y = store[i - 1, 6, b], store[i - 1, 7, b]
+                p += x * re - y * im
+                q += x * im + y * re
+            store[i, 6, b] = p
+            store[i, 7, b] = q
+    flow = np.zeros((2, rows), a_re.dtype)
+    for i in range(n - 1, -1, -1):
+        for b in range(rows):
+            x, y = store[i, 0, b], store[i, 1, b]
+            f = k[i] if i < n - 1 else 0.0
+            re, im = f * (x * x - y * y), f * (2 * x * y)
+            x, y = flow[0, b], flow[1, b]
+            re, im = x * re - y * im, x * im + y * re
+            out[b, i] = re + store[i, 6, b]
+            flow[0, b] = store[i, 4, b] + re
+            flow[1, b] = store[i, 5, b] + im
 
 
 def skew_cg(h: Tensor, psi: Tensor, delta: float, steps: int) -> Tensor:

@@ -3,11 +3,14 @@
     python benchmarks/layers.py overflow      the determinant recursion at growing N
     python benchmarks/layers.py skew-cg       CG on a skew block, 16 layers, pure fp32
     python benchmarks/layers.py resolvent     error and time of every tier
+    python benchmarks/layers.py goals         how much faster than what they replace
     python benchmarks/layers.py gradients     error of exact, stored, legacy gradients
     python benchmarks/layers.py cayley        error and time of every solver
     python benchmarks/layers.py               all of them
 
-Times are medians after a warm-up, rivals and ours alternating, in milliseconds.
+Times are medians after a warm-up, rivals and ours alternating, in milliseconds. A turn
+is one call, which finds the caches full of the rivals' data; `goals` also shows turns
+of 20 ms, in which a short call finds its own.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from layer_originals import (
     damped_chebyshev,
     determinant_diagonal,
     handwritten_simd,
+    handwritten_simd_gradient,
     skew_cg,
 )
 from torch import Tensor, nn
@@ -42,18 +46,27 @@ from castwise.layers.resolvent import ResolventPrecision, resolvent_diagonal
 
 
 def times(
-    contenders: Mapping[str, Callable[[], Any]], repeats: int = 15, budget: float = 4.0
+    contenders: Mapping[str, Callable[[], Any]],
+    repeats: int = 15,
+    budget: float = 4.0,
+    turn: float = 0.0,
 ) -> dict[str, float]:
-    """Return the median of each contender in milliseconds, their turns alternating."""
+    """Return the median of each contender in milliseconds, their turns alternating.
+
+    A turn is at least one call, and lasts at least so many milliseconds.
+    """
     measured: dict[str, list[float]] = {name: [] for name in contenders}
     for run in contenders.values():
         run()
     began = time.perf_counter()
     for _ in range(repeats):
         for name, run in contenders.items():
-            start = time.perf_counter()
-            run()
-            measured[name].append((time.perf_counter() - start) * 1e3)
+            spent = 0.0
+            while not spent or spent < turn:
+                start = time.perf_counter()
+                run()
+                measured[name].append((time.perf_counter() - start) * 1e3)
+                spent += measured[name][-1]
         if time.perf_counter() - began > budget:
             break
     return {name: statistics.median(values) for name, values in measured.items()}
@@ -84,8 +97,8 @@ def overflow() -> None:
         exact = resolvent_diagonal(d.double(), one, one, z)
         row: list[object] = [length]
         for dtype in (torch.complex64, torch.complex128):
-            run = torch.vmap(determinant_diagonal, in_dims=(0, None, None))
-            out = run(d.to(dtype), one.to(dtype), z.to(dtype))
+            run = torch.vmap(determinant_diagonal, in_dims=(0, None, None, None))
+            out = run(*(x.to(dtype) for x in (d, one, one, z)))
             row.append((out - exact).abs().max().item())
             row.append(f"{(out == 0).double().mean().item():.0%}")
         for arithmetic in ("fp32", "fp64"):
@@ -176,6 +189,94 @@ def resolvent() -> None:
     )
 
 
+def goals() -> None:
+    """Set the layers beside what they replace: each line a ratio and what is wanted."""
+    z = torch.tensor(1j, dtype=torch.complex128)
+    rows: list[list[object]] = []
+
+    def line(what: str, value: float, wanted: str, *, holds: bool) -> None:
+        rows.append([what, value, wanted, "yes" if holds else "no"])
+
+    both = _resolvent_contenders(*chain(8, 1024), z)[1]
+    for turn, name in ((0.0, "one call a turn"), (20.0, "20 ms a turn")):
+        found = times(both, repeats=25, budget=20.0, turn=turn)
+        original = found["both, original vmap form"]
+        kernel, plain = found["both, kernel fp64"], found["both, without compiler"]
+        handwritten = found["both, handwritten numba"]
+        print(
+            f"8 x 1024, {name}: " + ", ".join(f"{n} {t:.3f}" for n, t in found.items())
+        )
+        line(
+            f"kernel, {name}: original / ours",
+            original / kernel,
+            ">= 100",
+            holds=original >= 100 * kernel,
+        )
+        line(
+            f"no compiler, {name}: original / ours",
+            original / plain,
+            ">= 30",
+            holds=original >= 30 * plain,
+        )
+        line(
+            f"handwritten numba / ours, {name}",
+            handwritten / kernel,
+            ">= 1",
+            holds=handwritten >= kernel,
+        )
+    source = torch.randn(40_000_000)
+    target = torch.empty_like(source)
+    speed = 2 * source.nbytes / times({"": lambda: target.copy_(source)})[""]
+    for batch, length in ((64, 8192), (64, 65536)):
+        forward, both = _resolvent_contenders(*chain(batch, length), z)
+        for each in (forward, both):
+            kept = {n: run for n, run in each.items() if "compiler" not in n}
+            found = times(kept, repeats=9, budget=10.0)
+            bytes_ = 12 if each is forward else 28  # d, G; then d, upstream, gradient
+            floor = bytes_ * batch * length / speed
+            for name, value in found.items():
+                if "handwritten" in name:
+                    continue
+                rival = next(t for n, t in found.items() if "handwritten" in n)
+                what = f"{batch} x {length}, {name}: "
+                line(
+                    what + f"{value:.2f} ms / {floor:.2f} ms of copying",
+                    value / floor,
+                    "<= 4",
+                    holds=value <= 4 * floor,
+                )
+                line(
+                    what + "handwritten numba / ours",
+                    rival / value,
+                    ">= 1",
+                    holds=rival >= value,
+                )
+    for name, wanted in (("Chebyshev 16", 4.0), ("LU", 1.5)):
+        ratio = _cayley_ratio(name)
+        line(
+            f"Cayley layer, original {name} / ours",
+            ratio,
+            f">= {wanted}",
+            holds=ratio >= wanted,
+        )
+    table("Goals", ["what", "ratio", "wanted", "holds"], rows)
+
+
+def _cayley_ratio(rival: str) -> float:
+    """Time forward and backward of a whole layer, 1,024 tokens, D = 256."""
+    psi = torch.randn(1024, 256, dtype=torch.complex64)
+    upstream = torch.ones_like(psi)
+
+    def both(run: Callable[[Tensor], Tensor]) -> Callable[[], Any]:
+        return lambda: run(psi.clone().requires_grad_()).backward(upstream)
+
+    contenders = _cayley_contenders(0.1)
+    ours = next(run for name, _, run in contenders if name == "explicit")
+    its = next(run for name, _, run in contenders if rival in name)
+    found = times({"ours": both(ours), "its": both(its)}, repeats=9, budget=12.0)
+    return found["its"] / found["ours"]
+
+
 def _mpmath_check() -> None:
     """Compare with 60 digits, where mpmath is installed."""
     try:
@@ -225,9 +326,14 @@ def _resolvent_contenders(
     """Return what to time, forward alone and forward with backward."""
     batch, length = d.shape
     upstream = torch.randn(batch, length, dtype=torch.complex64)
+    features = torch.view_as_real(upstream)
+    rows = one.expand(batch, length - 1)
     a_re, a_im = d.double().T.contiguous().numpy(), np.full((length, batch), -1.0)
+    source = features.double().permute(1, 2, 0).contiguous().numpy()
+    source[:, 1] *= -1
     out = np.empty((batch, length, 2), np.float32)
-    pivots = np.empty((length, 2, batch))
+    site = np.empty((batch, length), np.float32)
+    pivots, store = np.empty((length, 2, batch)), np.empty((length, 8, batch))
     k = np.ones(length - 1)
 
     def plain(run: Callable[[], Any]) -> Callable[[], Any]:
@@ -258,7 +364,11 @@ def _resolvent_contenders(
 
     def original() -> None:
         leaf = d.clone().requires_grad_()
-        OriginalResolvent.apply(leaf, one, z).backward(upstream)
+        OriginalResolvent.apply(leaf, rows, rows, z).backward(features)
+
+    def handwritten() -> None:
+        handwritten_simd(a_re, a_im, k, out, pivots)
+        handwritten_simd_gradient(a_re, a_im, k, source, site, store)
 
     forward: dict[str, Callable[[], Any]] = {
         "forward, kernel fp64": lambda: resolvent_diagonal(d, one, one, z),
@@ -272,14 +382,15 @@ def _resolvent_contenders(
         "forward, handwritten numba": lambda: handwritten_simd(
             a_re, a_im, k, out, pivots
         ),
-        "forward, plain torch": plain(lambda: resolvent_diagonal(d, one, one, z)),
+        "forward, without compiler": plain(lambda: resolvent_diagonal(d, one, one, z)),
     }
     if length <= 1024:
         forward["one row, all right-hand sides, solve_banded"] = lambda: _banded(d[0])
     both: dict[str, Callable[[], Any]] = {
         "both, kernel fp64": ours("fp64"),
         "both, kernel fp32": ours("fp32"),
-        "both, plain torch": plain(ours("fp64")),
+        "both, handwritten numba": handwritten,
+        "both, without compiler": plain(ours("fp64")),
     }
     if length <= 1024:
         both["both, original vmap form"] = original
@@ -463,6 +574,7 @@ STORIES = {
     "overflow": overflow,
     "skew-cg": skew_cg_story,
     "resolvent": resolvent,
+    "goals": goals,
     "gradients": gradients,
     "cayley": cayley,
 }
