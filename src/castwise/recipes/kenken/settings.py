@@ -1,8 +1,8 @@
 """Every setting of a KenKen run, and the named presets. No torch.
 
 `tiny` is for tests (seconds), `small` is what `make train` runs (a good three
-minutes on two CPU cores), `hour` is the same model for up to an hour there and one size
-more, `base` is for a GPU. A resumed run must have the settings of the checkpoint:
+minutes on two CPU cores), `hour` is the same model with one size more for a part of an
+hour there, `base` is for a GPU. A resumed run must have the settings of the checkpoint:
 `describe` is what stands in it.
 """
 
@@ -288,7 +288,7 @@ PRESETS: Mapping[str, KenKenSettings] = {
         sizes=(4, 5, 6, 7),
         size_shares=(0.06, 0.26, 0.3, 0.38),
         mode_shares=(0.2, 0.4, 0.4),
-        num_steps=14000,
+        num_steps=4000,
         learning_rate=5e-3,
         num_warmup=200,
         decay_share=0.7,
@@ -296,7 +296,7 @@ PRESETS: Mapping[str, KenKenSettings] = {
         num_train=32768,
         num_validation=600,
         num_quick=96,
-        evaluate_every=700,
+        evaluate_every=400,
         checkpoint_every=200,
     ),
     "base": KenKenSettings(
