@@ -21,6 +21,7 @@ belongs on a quiet machine.
     python benchmarks/graph.py --recompilations     graphs captured when things change
     python benchmarks/graph.py --gradients          loss scales, and what counting costs
     python benchmarks/graph.py --random 2000        random programs against float64
+    python benchmarks/graph.py --seed 137           one random program and its error
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import graph_random
 import torch
 import torch.nn.functional as F  # noqa: N812 -- its name everywhere
 from torch import Tensor, nn
@@ -47,8 +49,6 @@ from castwise.graph import gradient_flow, measure
 from castwise.graph.capture import PlanningBackend
 from castwise.graph.gradients import GradientCounter
 from castwise.graph.settings import Surroundings
-
-TESTS = Path(__file__).parents[1] / "tests"
 
 Run = Callable[[Any], Tensor]
 
@@ -403,19 +403,6 @@ def gradient_flows(name: str, num_turns: int) -> dict[str, Any]:
     }
 
 
-def random_programs(number: int) -> dict[str, Any]:
-    """Random programs against float64; see `tests/graph/test_random.py`."""
-    sys.path[0] = str(TESTS)  # instead of this folder, whose `graph` is this file
-    from graph.test_random import error_of  # noqa: PLC0415 -- only here
-
-    errors = {seed: error_of(seed) for seed in range(number)}
-    return {
-        "programs": number,
-        "wrong": [seed for seed, error in errors.items() if not error < 1],
-        "worst error, in units of what the format may have": max(errors.values()),
-    }
-
-
 def main() -> int:
     """Measure, print, and write the record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -427,10 +414,15 @@ def main() -> int:
     parser.add_argument("--recompilations", action="store_true")
     parser.add_argument("--gradients", action="store_true")
     parser.add_argument("--random", type=int, metavar="NUMBER")
+    parser.add_argument("--first", type=int, default=0, help="first seed of --random")
+    parser.add_argument("--shard", default="0/1", help="which of how many, as in 0/2")
+    parser.add_argument("--seed", type=int, help="run one random program, and show it")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, help="add the figures to this file")
     settings = parser.parse_args()
     torch.set_num_threads(1)
+    if settings.random or settings.seed is not None:
+        return random_programs(settings)
     kind, found = measured(settings)
     record = {
         "date": dt.datetime.now(tz=dt.UTC).date().isoformat(),
@@ -446,10 +438,20 @@ def main() -> int:
     return 0
 
 
+def random_programs(settings: argparse.Namespace) -> int:
+    """Random programs against float64; their record is a file of their own."""
+    if settings.seed is not None:
+        print(json.dumps(graph_random.show(settings.seed), indent=1))
+        return 0
+    found = graph_random.run_shard(
+        settings.random, settings.first, settings.shard, settings.json
+    )
+    print(json.dumps(found, indent=1))
+    return int(bool(found["wrong"]))
+
+
 def measured(settings: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """What was asked for, under the name that the record keeps it by."""
-    if settings.random:
-        return "random programs", random_programs(settings.random)
     if settings.recompilations:
         return "recompilations", recompilations()
     if settings.gradients:

@@ -21,12 +21,15 @@ from castwise.graph.plan import Bill, GraphPlan, PlannedCast, PlannedNode
 from castwise.graph.problem import Problem
 from castwise.graph.rewrite import insert_casts
 from castwise.graph.solve import Solution, solve
+from castwise.graph.stages import is_view
 from castwise.graph.values import num_elements, requires_grad
 from castwise.graph.verify import find_faults
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
+    from castwise.graph.aliases import Aliases
+    from castwise.graph.classify import Call
     from castwise.graph.problem import Label
     from castwise.graph.settings import Surroundings
 
@@ -69,7 +72,9 @@ def choose(graph: fx.Graph, surroundings: Surroundings) -> Planned:
     opaque: dict[str, str] = {}
     for _ in range(_MOST_TRIALS):
         calls = classify(graph, surroundings, opaque)
-        problem = Problem(calls, find_aliases(calls))
+        aliases = find_aliases(calls)
+        _leave_shared_views(calls, aliases)
+        problem = Problem(calls, aliases)
         solution = solve(problem)
         faults = find_faults(problem, solution.labels, solution.needs)
         if not faults:
@@ -80,6 +85,14 @@ def choose(graph: fx.Graph, surroundings: Surroundings) -> Planned:
         f"{', '.join(f'{node} {because}' for node, because in faults.items())}; give "
         "their module precision fp32 by a rule"
     )
+
+
+def _leave_shared_views(calls: Mapping[fx.Node, Call], aliases: Aliases) -> None:
+    """In fp64 islands, a view of what is written must not become a view of a cast."""
+    for node, call in calls.items():
+        shared = aliases.of[node] & (aliases.written | aliases.handed_out)
+        if call.role == "wide" and shared and is_view(node):
+            call.role, call.because = "opaque", "sees memory that stays as captured"
 
 
 def _bodies(module: fx.GraphModule) -> Iterator[tuple[str, fx.GraphModule]]:
