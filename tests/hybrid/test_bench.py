@@ -1,13 +1,23 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from castwise.hybrid.bench.controls import BENCHES, Control
+from castwise.hybrid.bench.controls import (
+    BENCHES,
+    NOISY,
+    PROBLEMS,
+    WANTED_GAIN,
+    Control,
+    conclusion,
+    header_of,
+)
+from castwise.hybrid.bench.notes import Notes
 from castwise.hybrid.bench.problems import Curve, Minibatch, Problem, WholeBatch
 from castwise.hybrid.bench.race import compare, run_one, table_of, tuned, verdict
 from castwise.hybrid.bench.regimes import Physics
@@ -61,7 +71,7 @@ def test_plain_and_bare_take_the_same_number_of_passes() -> None:
     assert "bare" in table_of(found)
 
 
-def runs(*seconds: float) -> dict[str, Any]:
+def runs(*seconds: float | None) -> dict[str, Any]:
     """What `compare` keeps of one method."""
     return {"runs": [{"seconds": each} for each in seconds]}
 
@@ -140,3 +150,65 @@ def test_a_problem_is_a_function_of_its_seed(kind: type[Problem]) -> None:
 def test_every_bench_says_what_it_is() -> None:
     """The listing of the command shows one sentence each."""
     assert all(bench.__doc__ for bench in BENCHES.values())
+
+
+FROZEN = {
+    "softmax": ("1e-4 above the minimum", 5, 1, 1, 900),
+    "minibatch": (0.01, 5, 1, 2, 2000),
+    "language": ("none: the loss after the last step", 4, 1, 1, 1500),
+    "curve": (1e-4, 5, 1, 2, 2000),
+    "full_batch": ("1e-4 above the minimum", 5, 3, 1, 600),
+    "physics": (1e-2, 4, 1, 2, 1500),
+    "large_batch": (0.02, 4, 1, 2, 600),
+    "fine_tuning": (0.002, 5, 1, 2, 400),
+    "late_training": ("half of the loss at the beginning", 5, 1, 2, 500),
+}
+"""Bench -> target, rates, momenta, schedules, and the last step."""
+
+
+def test_targets_and_grids_are_fixed_before_a_bench_runs() -> None:
+    """To move one is to change this table; the record of a bench holds them all."""
+    assert WANTED_GAIN == 1.3
+    assert FROZEN.keys() == PROBLEMS.keys()
+    for name, wanted in FROZEN.items():
+        header = header_of(name, 5)
+        grid = (len(header[each]) for each in ("rates", "momenta", "decays"))
+        assert (header["target"], *grid, header["max_steps"]) == wanted, name
+        assert list(header["rates"]) == sorted(header["rates"])
+
+
+def test_every_race_has_its_rivals() -> None:
+    """The plain optimizer, outer ones, schedule-free and the control, in each."""
+    wanted = {"plain", "bare", "lookahead", "snoo", "schedule_free", "null"}
+    assert wanted <= set(NOISY) <= set(RIVALS)
+
+
+def test_a_race_goes_on_where_it_was(tmp_path: Path) -> None:
+    """Tuning and runs are read; the record is the same."""
+    out = tmp_path / "found.json"
+    first = compare(Bowl, ["plain", "bare", "null"], 2, Notes(out, "bowl"))
+    again = compare(Bowl, ["plain", "bare", "null"], 2, Notes(out, "bowl"))
+    assert first == again
+    assert first["null"]["point"] == first["bare"]["point"] == first["plain"]["point"]
+    run = first["plain"]["runs"][0]
+    assert 0 < run["seconds"] <= run["spent"]
+    assert run["clock_seconds"] > 0
+
+
+def test_a_run_that_takes_too_long_is_given_up() -> None:
+    """It cannot win any more, and is no sign of instability."""
+    point = Point(rate=0.05)
+    outcome = run_one(Bowl(0), "plain", point, whole=False, most=1e-9)
+    assert outcome.seconds == math.inf
+    assert 0 < outcome.spent < math.inf
+
+
+def test_the_conclusion_compares_with_the_best_loop() -> None:
+    """A prediction that beats plain and not the bare loop has gained nothing."""
+    found = {"plain": runs(1.0, 1.1), "bare": runs(0.5, 0.6), "rna": runs(0.4, 0.45)}
+    assert conclusion(found).startswith("no gain of 1.3 times: rna is 1.29 times")
+    found["rna"] = runs(0.3, 0.31)
+    assert conclusion(found).startswith("a gain of 1.3 times")
+    assert conclusion(found).endswith("the fastest of all is rna")
+    found["rna"] = runs(0.3, None)
+    assert conclusion(found).startswith("no gain")

@@ -4,6 +4,7 @@ problems.py       models, data, and a loss that has to be reached
 regimes.py        where prediction might pay: full and large batches, fine-tuning, ...
 schedule_free.py  a rival that averages instead of predicting
 rivals.py         every method, and how it makes one step
+notes.py          what was measured so far, on disk, so that a bench can go on
 race.py           tuning on one grid, then seeds; medians, spread and a verdict
 controls.py       what has to come out, or the harness is broken
 stacking.py       memory of the savings together, against vanilla fp32

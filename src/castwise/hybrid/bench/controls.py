@@ -5,18 +5,19 @@ A control that fails says that the harness is not to be trusted: the exit code i
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
+from castwise.hybrid.bench.notes import Notes
 from castwise.hybrid.bench.problems import (
     Curve,
     Language,
@@ -25,7 +26,15 @@ from castwise.hybrid.bench.problems import (
     Softmax,
     TwoLayers,
 )
-from castwise.hybrid.bench.race import Outcome, compare, ratio, run_one, table_of, tuned
+from castwise.hybrid.bench.race import (
+    Outcome,
+    compare,
+    ratio,
+    run_one,
+    table_of,
+    tuned,
+    values_of,
+)
 from castwise.hybrid.bench.regimes import (
     FineTuning,
     FullBatch,
@@ -33,7 +42,15 @@ from castwise.hybrid.bench.regimes import (
     LateTraining,
     Physics,
 )
-from castwise.hybrid.bench.rivals import HYBRID, RIVALS, Point, bare, hybrid, plain
+from castwise.hybrid.bench.rivals import (
+    HYBRID,
+    RIVALS,
+    Mount,
+    Point,
+    bare,
+    hybrid,
+    plain,
+)
 from castwise.hybrid.bench.stacking import stacking as measure_stacking
 from castwise.hybrid.bench.stacking import table_of as table_of_stacking
 
@@ -88,10 +105,14 @@ class Finding:
     """What had to come out."""
 
 
-def softmax(seeds: int) -> Finding:
+Bench: TypeAlias = Callable[[int, Notes], Finding]
+"""Takes the number of seeds and what was measured before."""
+
+
+def softmax(seeds: int, notes: Notes) -> Finding:
     """Positive control: noise-free and convex, so that a prediction has to pay."""
     methods = [each for each in RIVALS if each != "arms"]
-    found = compare(Softmax, methods, seeds)
+    found = compare(Softmax, methods, seeds, notes)
     return Finding(
         record=found,
         text=table_of(found),
@@ -115,25 +136,26 @@ def softmax(seeds: int) -> Finding:
     )
 
 
-def minibatch(seeds: int) -> Finding:
+def minibatch(seeds: int, notes: Notes) -> Finding:
     """The noise of small batches; null has to lose."""
-    found = compare(Minibatch, NOISY, seeds)
+    found = compare(Minibatch, NOISY, seeds, notes)
     control = Control(
         name="null over plain, time", value=ratio(found, "null", "seconds"), least=1.2
     )
     return Finding(record=found, text=table_of(found), controls=(control,))
 
 
-def language(seeds: int) -> Finding:
+def language(seeds: int, notes: Notes) -> Finding:
     """Negative control: a char transformer at its tuned rate jumps hardly ever."""
     gate = hybrid(replace(HYBRID, confidence_threshold=0.4, warmup_steps=100))
     mounts = {"plain": plain, "gate 0.4": gate}
-    point = tuned(Language, "plain")[0]
+    point = Point(**notes.once("tuned", lambda: asdict(tuned(Language, "plain")[0])))
     runs: dict[str, list[Outcome]] = {name: [] for name in mounts}
     for seed in range(seeds):
         for name, mount in mounts.items():
-            outcome = run_one(Language(seed), name, point, whole=False, mount=mount)
-            runs[name].append(outcome)
+            measure = partial(_language_run, seed, name, point, mount)
+            outcome = notes.once(f"{name} of seed {seed}", measure)
+            runs[name].append(Outcome(**outcome))
     finals = {name: [each.final for each in runs[name]] for name in runs}
     rise = statistics.mean(finals["gate 0.4"]) - statistics.mean(finals["plain"])
     found = {
@@ -162,7 +184,11 @@ def language(seeds: int) -> Finding:
     )
 
 
-def shut(seeds: int) -> Finding:
+def _language_run(seed: int, name: str, point: Point, mount: Mount) -> dict[str, Any]:
+    return asdict(run_one(Language(seed), name, point, whole=False, mount=mount))
+
+
+def shut(seeds: int, notes: Notes) -> Finding:
     """What a gate that never opens costs over a raw loop, and over `run.step`."""
     mounts = {
         "bare": bare,
@@ -170,7 +196,10 @@ def shut(seeds: int) -> Finding:
         "shut": hybrid(replace(HYBRID, confidence_threshold=0.9999999)),
         "bare again": bare,
     }
-    times = [_interleaved(seed, mounts) for seed in range(seeds)]
+    times = [
+        notes.once(f"seed {seed}", partial(_interleaved, seed, mounts))
+        for seed in range(seeds)
+    ]
     ratios = {
         name: statistics.median(each[name] / each["bare"] for each in times)
         for name in mounts
@@ -205,56 +234,57 @@ def _interleaved(seed: int, mounts: Mapping[str, Any]) -> dict[str, float]:
     return {name: statistics.median(each[20:]) for name, each in times.items()}
 
 
-def stacking(seeds: int) -> Finding:
+def stacking(seeds: int, notes: Notes) -> Finding:
     """Memory of all savings together, against vanilla fp32."""
-    del seeds  # bytes do not depend on one
+    del seeds, notes  # bytes do not depend on a seed, and take a minute
     found = measure_stacking()
-    return Finding(record=found, text=table_of_stacking(found))
+    vanilla, *_, everything = (max(arm["phases"].values()) for arm in found.values())
+    control = Control(
+        name="peak of everything together over vanilla fp32",
+        value=everything / vanilla,
+        most=1.0,
+    )
+    return Finding(record=found, text=table_of_stacking(found), controls=(control,))
 
 
-def _race(kind: type[Problem], methods: Sequence[str]) -> Callable[[int], Finding]:
-    def run(seeds: int) -> Finding:
-        found = compare(kind, methods, seeds)
-        return Finding(
-            record=found, text=f"{table_of(found)}\n{_conclusion(found, methods)}"
-        )
+def _race(kind: type[Problem], methods: Sequence[str]) -> Bench:
+    def run(seeds: int, notes: Notes) -> Finding:
+        found = compare(kind, methods, seeds, notes)
+        return Finding(record=found, text=f"{table_of(found)}\n{conclusion(found)}")
 
     run.__doc__ = kind.__doc__
     return run
 
 
-def _conclusion(found: Mapping[str, Any], methods: Sequence[str]) -> str:
+def conclusion(found: Mapping[str, Any]) -> str:
     """Say whether any prediction gained 1.3 times over the best other loop."""
-    predictors = [m for m in methods if m in PREDICTIONS]
-    others = [m for m in methods if m in ("plain", "bare")]
-    medians = {
-        m: statistics.median(run["seconds"] for run in found[m]["runs"])
-        for m in (*predictors, *others)
-    }
-    best, loop = (min(group, key=medians.__getitem__) for group in (predictors, others))
+    times = {method: values_of(found, method, "seconds") for method in found}
+    medians = {method: statistics.median(each) for method, each in times.items()}
+    best = min((m for m in found if m in PREDICTIONS), key=medians.__getitem__)
+    loop = min((m for m in found if m in ("plain", "bare")), key=medians.__getitem__)
     gain = medians[loop] / medians[best] if medians[best] < math.inf else 0.0
-    slowest = max(run["seconds"] for run in found[best]["runs"])
-    fastest = min(run["seconds"] for run in found[loop]["runs"])
-    apart = slowest < fastest
+    apart = max(times[best]) < min(times[loop])
     word = "a gain" if gain >= WANTED_GAIN and apart else "no gain"
+    fastest = min(medians, key=medians.__getitem__)
     return (
-        f"{word} of {WANTED_GAIN} times: {best} takes 1/{gain:.2f} of the time of "
-        f"{loop}, and the ranges over seeds {'lie apart' if apart else 'overlap'}"
+        f"{word} of {WANTED_GAIN} times: {best} is {gain:.2f} times as fast as {loop}, "
+        f"and the ranges over seeds {'lie apart' if apart else 'overlap'}; the fastest "
+        f"of all is {fastest}"
     )
 
 
 PREDICTIONS = ("window_line", "arms", "rna", "dmd", "adam_hold")
 """Methods that predict; Lookahead and SNOO are outer optimizers."""
 
-BENCHES: Mapping[str, Callable[[int], Finding]] = MappingProxyType(
+BENCHES: Mapping[str, Bench] = MappingProxyType(
     {
         "softmax": softmax,
         "minibatch": minibatch,
         "language": language,
         "shut": shut,
-        "curve": _race(Curve, [m for m in RIVALS if m != "null"]),
+        "curve": _race(Curve, tuple(RIVALS)),
         "full_batch": _race(FullBatch, tuple(RIVALS)),
-        "physics": _race(Physics, [m for m in RIVALS if m != "null"]),
+        "physics": _race(Physics, tuple(RIVALS)),
         "large_batch": _race(LargeBatch, NOISY),
         "fine_tuning": _race(FineTuning, NOISY),
         "late_training": _race(LateTraining, NOISY),
@@ -262,6 +292,38 @@ BENCHES: Mapping[str, Callable[[int], Finding]] = MappingProxyType(
     }
 )
 """Every bench by its name."""
+
+
+PROBLEMS: Mapping[str, type[Problem]] = MappingProxyType(
+    {
+        "softmax": Softmax,
+        "minibatch": Minibatch,
+        "language": Language,
+        "curve": Curve,
+        "full_batch": FullBatch,
+        "physics": Physics,
+        "large_batch": LargeBatch,
+        "fine_tuning": FineTuning,
+        "late_training": LateTraining,
+    }
+)
+"""What is trained in the benches that train to a target."""
+
+
+def header_of(name: str, seeds: int) -> dict[str, Any]:
+    """Return what a bench fixes before it runs: grid, target, seeds."""
+    header: dict[str, Any] = {"seeds": seeds, "torch": str(torch.__version__)}
+    if name not in PROBLEMS:
+        return header
+    kind = PROBLEMS[name]
+    return header | {
+        "target": kind.target_is or kind.target,
+        "rates": kind.rates,
+        "momenta": kind.momenta,
+        "decays": kind.decays,
+        "tuning_seeds": kind.tuning_seeds,
+        "max_steps": kind.max_steps,
+    }
 
 
 def run_benches(
@@ -272,20 +334,25 @@ def run_benches(
     Args:
         names: Of `BENCHES`.
         seeds: Of each comparison.
-        out: Where every run is written as JSON, or none.
+        out: The file that all benches join, or none. What it holds is not run again.
         tell: What a person reads goes here.
     """
     torch.set_num_threads(1)
-    records, good = {}, True
+    good = True
     for name in names:
         bench = BENCHES[name]
         tell(f"{name}: {bench.__doc__}")
-        found = bench(seeds)
+        notes = Notes(out, name, header_of(name, seeds))
+        found = bench(seeds, notes)
         tell(found.text)
         for control in found.controls:
             tell(str(control))
             good = good and control.holds
-        records[name] = found.record
-        if out is not None:
-            out.write_text(json.dumps(records), encoding="utf-8")
+        notes.finish(
+            {
+                "runs": found.record,
+                "text": found.text,
+                "controls": [asdict(each) for each in found.controls],
+            }
+        )
     return good

@@ -62,6 +62,9 @@ class Problem(ABC):
 
     tuning_seeds: Sequence[int] = (100, 101)
     target: float
+    target_is: str = ""
+    """Where it depends on the seed: what it is, in words."""
+
     model: nn.Module
 
     def __init__(self, seed: int) -> None:
@@ -121,6 +124,7 @@ class Softmax(WholeBatch):
         5
     )  # some data sets are unstable where others are fastest
     max_steps = 900
+    target_is = "1e-4 above the minimum"
     evaluate_every = 3
     num_samples = 1200
     gap = 1e-4
@@ -241,6 +245,7 @@ class Language(Problem):
     max_steps = 1500
     evaluate_every = 50
     tuning_seeds = (100,)
+    target_is = "none: the loss after the last step"
     has_target = False  # trained to the last step; the final loss is compared
     num_in_batch, length, width, depth = 16, 64, 48, 1
 

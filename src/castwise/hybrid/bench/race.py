@@ -1,11 +1,15 @@
 """Tune every method on one grid, run it on other seeds, and say whether it gained.
 
 Every method gets the best point of one grid (rates, momenta, schedules), by the worse
-of its times on the tuning seeds; a best rate at the edge of the grid is marked *. Then
-it runs on other seeds. Time is the processor time of the thread inside of steps:
-snapshots, verification and rollback included, evaluation excluded for all alike. A
-difference counts only if the ranges over seeds do not overlap; otherwise the verdict is
-`no gain`. Virtual steps count for nothing.
+of its times on the tuning seeds; a best rate at the edge of the grid is marked *. A run
+of the tuning ends when it has taken longer than the best point so far, which cannot
+change the choice. Then the method runs on other seeds.
+
+Time is the processor time of the thread inside of steps, which neighbours on the
+machine hardly lengthen, and the time of the clock beside it: snapshots,
+verification and rollback included, evaluation excluded for all alike. A difference counts only if the
+ranges over seeds do not overlap; otherwise the verdict is `no gain`. Virtual steps
+count for nothing.
 """
 
 from __future__ import annotations
@@ -14,17 +18,19 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from castwise.errors import LossScaleError
+from castwise.hybrid.bench.notes import Notes
 from castwise.hybrid.bench.problems import Problem
 from castwise.hybrid.bench.rivals import RIVALS, Mount, Point, Rider
 from castwise.training.averages import Averages, ExponentialAverage, LatestAverage
 
-SAME_AS_PLAIN = {"bare": "plain"}
-"""Methods that are tuned with another, because their steps have the same bits."""
+SAME_AS_PLAIN = {"bare": "plain", "null": "plain"}
+"""Methods that are tuned with another, because their real steps have the same bits."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +52,12 @@ class Outcome:
     final: float
     """Loss at the end."""
 
+    clock_seconds: float = math.inf
+    """Time of the clock until the weights of the method were at the target."""
+
+    spent: float = 0.0
+    """Processor time of all steps that were made."""
+
     tries: int = 0
     """Predictions."""
 
@@ -60,6 +72,7 @@ def run_one(
     *,
     whole: bool,
     mount: Mount | None = None,
+    most: float = math.inf,
 ) -> Outcome:
     """Train to the target, or to the last step.
 
@@ -69,6 +82,7 @@ def run_one(
         point: Of the grid.
         whole: Whether to go on until averaged weights are at the target too.
         mount: Another method, which the race does not know by name.
+        most: Seconds of steps after which it is given up. Default: never.
     """
     rider = (mount or RIVALS[method])(problem, point)
     clock = _Clock(problem, rider)
@@ -76,6 +90,8 @@ def run_one(
         try:
             clock.step(step, point)
         except LossScaleError:  # too many steps in a row had no finite gradient
+            break
+        if clock.spent > most:
             break
         if (step + 1) % problem.evaluate_every:
             continue
@@ -97,7 +113,8 @@ class _Clock:
         self._extra = dict.fromkeys(self._averages, 0.0)
         self._reached = dict.fromkeys(("raw", *self._averages), math.inf)
         self._backwards = math.inf
-        self._spent, self._loss = 0.0, math.inf
+        self.spent, self._loss = 0.0, math.inf
+        self._clock_spent = self._clock_reached = 0.0
 
     def step(self, step: int, point: Point) -> None:
         problem, rider = self._problem, self._rider
@@ -105,9 +122,10 @@ class _Clock:
         for group in rider.optimizer.param_groups:
             if point.decay:
                 group["lr"] = point.rate * point.factor(step)
-        started = time.thread_time()
+        started, by_clock = time.thread_time(), time.perf_counter()
         rider.step(batch)
-        self._spent += time.thread_time() - started
+        self.spent += time.thread_time() - started
+        self._clock_spent += time.perf_counter() - by_clock
         for name, average in self._averages.items():
             started = time.thread_time()
             average.update()
@@ -120,13 +138,14 @@ class _Clock:
         if not problem.has_target:
             return
         if self._loss <= problem.target and self._reached["raw"] == math.inf:
-            self._reached["raw"] = self._spent
+            self._reached["raw"] = self.spent
+            self._clock_reached = self._clock_spent
             self._backwards = self._rider.backwards(steps)
         for name, average in self._averages.items():
             if averages and self._reached[name] == math.inf:
                 with average.in_place_of_weights():
                     if problem.evaluate() <= problem.target:
-                        self._reached[name] = self._spent + self._extra[name]
+                        self._reached[name] = self.spent + self._extra[name]
 
     def is_done(self, *, whole: bool) -> bool:
         wanted = self._reached.values() if whole else [self._reached["raw"]]
@@ -135,13 +154,15 @@ class _Clock:
     def outcome(self) -> Outcome:
         trainer, has_target = self._rider.trainer, self._problem.has_target
         finished = math.isfinite(self._loss)
-        whole = self._spent if finished else math.inf
+        whole = self.spent if finished else math.inf
         return Outcome(
             backwards=self._backwards,
             seconds=self._reached["raw"] if has_target else whole,
             seconds_ema=self._reached["ema"],
             seconds_lawa=self._reached["lawa"],
             final=self._loss,
+            clock_seconds=self._clock_reached or math.inf,
+            spent=self.spent,
             tries=trainer.statistics.tries if trainer else 0,
             accepts=trainer.statistics.accepts if trainer else 0,
         )
@@ -154,53 +175,81 @@ def tuned(kind: type[Problem], method: str) -> tuple[Point, bool]:
     """
     scores: dict[Point, float] = {}
     for momentum, decay in itertools.product(kind.momenta, kind.decays):
-        best = math.inf
+        stable = False
         for rate in kind.rates:
             point = Point(rate=rate, momentum=momentum, decay=decay)
-            scores[point] = max(
-                _score(run_one(kind(seed), method, point, whole=False), kind)
-                for seed in kind.tuning_seeds
-            )
-            if best < scores[point] == math.inf:
+            most = min(scores.values(), default=math.inf)
+            scores[point] = _worse_score(kind, method, point, most)
+            if stable and scores[point] == math.inf:
                 break  # past the edge of stability
-            best = min(best, scores[point])
+            stable = stable or scores[point] < math.inf
         if method == "lbfgs":
             break  # it has a rate of its own
     found = min(scores, key=lambda point: scores[point])
     return found, found.rate in {kind.rates[0], kind.rates[-1]} and method != "lbfgs"
 
 
-def _score(outcome: Outcome, kind: type[Problem]) -> float:
-    score = outcome.seconds if kind.has_target else outcome.final
-    return math.inf if math.isnan(score) else score
+def _worse_score(kind: type[Problem], method: str, point: Point, most: float) -> float:
+    """Return the worse score of the tuning seeds, or one above `most` that ended it."""
+    worst = -math.inf
+    for seed in kind.tuning_seeds:
+        limit = most if kind.has_target else math.inf
+        outcome = run_one(kind(seed), method, point, whole=False, most=limit)
+        worst = max(worst, _score(outcome, kind, limit))
+        if worst > most:
+            break
+    return worst
+
+
+def _score(outcome: Outcome, kind: type[Problem], most: float) -> float:
+    if not kind.has_target:
+        return math.inf if math.isnan(outcome.final) else outcome.final
+    if outcome.seconds == math.inf and outcome.spent > most:
+        return outcome.spent  # given up: too slow, and perhaps stable
+    return outcome.seconds
 
 
 def compare(
-    kind: type[Problem],
-    methods: Sequence[str],
-    seeds: int,
-    tell: Callable[[str], None] = lambda _: None,
+    kind: type[Problem], methods: Sequence[str], seeds: int, notes: Notes | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Run every method at its own point on the same seeds, seeds outermost."""
-    points = {}
-    for method in methods:
-        if method not in SAME_AS_PLAIN:
-            points[method] = tuned(kind, method)
-            tell(f"tuned {method}: {points[method][0]}")
-    points |= {m: points[SAME_AS_PLAIN[m]] for m in methods if m in SAME_AS_PLAIN}
-    runs: dict[str, list[Outcome]] = {method: [] for method in methods}
+    """Run every method at its own point on the same seeds, seeds outermost.
+
+    Args:
+        kind: What is trained.
+        methods: Of `RIVALS`.
+        seeds: How many, from 0.
+        notes: What was measured before is read there. Default: nothing was.
+    """
+    notes = notes or Notes()
+    points: dict[str, tuple[Point, bool]] = {}
+    for method in sorted(methods, key=lambda each: each in SAME_AS_PLAIN):
+        like = SAME_AS_PLAIN.get(method, method)
+        point, edge = notes.once(f"tuned {like}", partial(_tuned, kind, like))
+        points[method] = Point(**point), edge
+    runs: dict[str, list[Any]] = {method: [] for method in methods}
     for seed in range(seeds):
         for method in methods:
-            outcome = run_one(kind(seed), method, points[method][0], whole=True)
+            point = points[method][0]
+            measure = partial(_raced, kind, seed, method, point)
+            outcome = notes.once(f"{method} of seed {seed}", measure)
             runs[method].append(outcome)
     return {
         method: {
             "point": asdict(points[method][0]),
             "edge": points[method][1],
-            "runs": [asdict(each) for each in runs[method]],
+            "runs": runs[method],
         }
         for method in methods
     }
+
+
+def _tuned(kind: type[Problem], method: str) -> tuple[dict[str, Any], bool]:
+    point, edge = tuned(kind, method)
+    return asdict(point), edge
+
+
+def _raced(kind: type[Problem], seed: int, method: str, point: Point) -> dict[str, Any]:
+    return asdict(run_one(kind(seed), method, point, whole=True))
 
 
 def table_of(found: Mapping[str, Mapping[str, Any]]) -> str:
@@ -215,7 +264,7 @@ def _line(method: str, found: Mapping[str, Mapping[str, Any]]) -> str:
     momentum = f"{point['momentum']:.3g}"
     cells = [f"{method:13s} {point['rate']:7.2g}{edge} {momentum:4s} {schedule:5s}"]
     for name in ("backwards", "seconds", "seconds_ema", "seconds_lawa", "final"):
-        values = _values(found, method, name)
+        values = values_of(found, method, name)
         cells.append(
             f"{statistics.median(values):8.4g} [{min(values):.4g} {max(values):.4g}]"
         )
@@ -226,17 +275,19 @@ def _line(method: str, found: Mapping[str, Mapping[str, Any]]) -> str:
     return "  ".join([*cells, jumps, verdict(found, method)])
 
 
-def _values(
+def values_of(
     found: Mapping[str, Mapping[str, Any]], method: str, name: str
 ) -> list[float]:
-    return [float(run[name]) for run in found[method]["runs"]]
+    """Return one figure of every seed; infinite where it was not reached."""
+    values = (run[name] for run in found[method]["runs"])
+    return [math.inf if value is None else float(value) for value in values]
 
 
 def verdict(
     found: Mapping[str, Mapping[str, Any]], method: str, over: str = "plain"
 ) -> str:
     """Say `gain` or `loss` only if the ranges of time lie apart."""
-    mine, theirs = (_values(found, each, "seconds") for each in (method, over))
+    mine, theirs = (values_of(found, each, "seconds") for each in (method, over))
     if method != over and max(mine) < min(theirs):
         return f"gain {1 / ratio(found, method, 'seconds', over):.2f} times"
     return "loss" if min(mine) > max(theirs) else "no gain"
@@ -250,6 +301,6 @@ def ratio(
 ) -> float:
     """Median of a method over median of another."""
     mine, theirs = (
-        statistics.median(_values(found, each, name)) for each in (method, over)
+        statistics.median(values_of(found, each, name)) for each in (method, over)
     )
     return mine / theirs if mine < math.inf or theirs < math.inf else math.nan

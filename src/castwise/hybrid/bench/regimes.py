@@ -101,6 +101,7 @@ class LateTraining(FineTuning):
     decays = (0, 300)
     max_steps = 500
     evaluate_every = 10
+    target_is = "half of the loss at the beginning"
     num_samples, num_in_batch = 4096, 128
     trained: ClassVar[dict[tuple[str, int], dict[str, Tensor]]] = {}
 
