@@ -79,6 +79,10 @@ def test_seeds_that_were_looked_at_can_be_left_out() -> None:
     fills = EXPERIMENTS["A6"]
     assert {trial.seed for trial in fills.trials()} == set(range(20, 30))
     assert {trial.seed for trial in fills.trials(1)} == {20}
+    modes = EXPERIMENTS["A5"].trials()
+    puzzles = {trial.seed for trial in modes if trial.arm == DEFAULT}
+    squares = {trial.seed for trial in modes if trial.arm == BLIND}
+    assert squares < puzzles
 
 
 # --- verdicts: what is bad must be called bad
@@ -138,7 +142,8 @@ def test_mode_stages_hold_where_they_should() -> None:
     [
         ({EXPOSURE: 0.75}, EXPOSURE),
         ({DEFAULT: 0.7}, FROM_START),
-        ({SEED: 0.81}, SEED),
+        ({LATE: 0.6}, "late decay"),
+        ({f"{SQUARES}{DEFAULT}": 0.005}, f"{DEFAULT} minus {SEED}"),
         ({f"{SQUARES}{SEED}": 0.45}, "squares"),
         ({BLIND: 0.5}, BLIND),
     ],
