@@ -67,9 +67,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     return found.to(torch.bfloat16)
 
 
-def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
-) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
     """Take off the mean of rows and divide by their deviation, in bf16.
 
     Args:
@@ -110,22 +108,23 @@ class _Norm(torch.autograd.Function):
         from castwise.layers import norm_kernel  # noqa: PLC0415 -- numba is imported by those who need it
 
         x, weight = x.contiguous(), weight.contiguous()
-        dim = x.shape[-1]
-        rows = x.numel() // dim
-        shift = torch.zeros_like(weight) if bias is None else bias.contiguous()
         y = torch.empty_like(x, dtype=torch.bfloat16)
-        moments = torch.empty(2, rows)
-        addresses = _addresses(x, weight, shift, y, *moments)
-        centred, small = bias is not None, np.float32(eps)
-        _in_parts(
-            rows,
-            dim,
-            lambda start, stop: norm_kernel.forward(
-                addresses, dim, start, stop, small, centred
-            ),
-        )
+        moments = torch.empty(2, x.numel() // x.shape[-1])
+        given, written = _rows(x), _rows(y)
+        w, (means, inverses) = weight.numpy(), moments.numpy()
+        b = np.zeros_like(w) if bias is None else bias.contiguous().numpy()
+        small = np.float32(eps)
+
+        def work(part: slice) -> None:
+            moments_of_part = means[part], inverses[part]
+            norm_kernel.forward(
+                *(given[part], w, b, written[part], *moments_of_part),
+                *(small, bias is not None),
+            )
+
+        _in_parts(given.shape, work)
         ctx.save_for_backward(x, weight, moments)
-        ctx.centred = centred
+        ctx.centred = bias is not None
         return y
 
     @staticmethod
@@ -134,37 +133,42 @@ class _Norm(torch.autograd.Function):
         from castwise.layers import norm_kernel  # noqa: PLC0415 -- as above
 
         x, weight, moments = ctx.saved_tensors
-        grad = grad.to(torch.bfloat16).contiguous()
-        dim = x.shape[-1]
         by_x = torch.empty_like(x)
-        addresses = _addresses(x, weight, grad, by_x, *moments)
-        found: list[Any] = []
+        given, grads, written = _rows(x), _rows(grad.contiguous()), _rows(by_x)
+        w, (means, inverses) = weight.numpy(), moments.numpy()
+        found: dict[int, Any] = {}
 
-        def work(start: int, stop: int) -> None:
-            sums = np.zeros((2, dim))
-            norm_kernel.backward(addresses, dim, start, stop, ctx.centred, sums)
-            found.append((start, sums))
+        def work(part: slice) -> None:
+            found[part.start] = sums = np.zeros((2, len(w)))
+            norm_kernel.backward(
+                *(given[part], w, grads[part], written[part]),
+                *(means[part], inverses[part], ctx.centred, sums),
+            )
 
-        _in_parts(x.numel() // dim, dim, work)
-        ordered = [sums for _, sums in sorted(found, key=lambda part: part[0])]
-        by_weight, by_bias = torch.from_numpy(sum(ordered)).to(torch.float32)
+        _in_parts(given.shape, work)
+        total = sum(found[start] for start in sorted(found))
+        by_weight, by_bias = torch.from_numpy(total).to(torch.float32)
         return by_x, by_weight, by_bias if ctx.centred else None, None
 
 
-def _addresses(*tensors: Tensor) -> Any:
-    return np.array([each.data_ptr() for each in tensors], np.int64)
+def _rows(tensor: Tensor) -> Any:
+    """The memory of a tensor as rows; bf16 as its bits."""
+    rows = tensor.detach().reshape(-1, tensor.shape[-1])
+    return (rows.view(torch.int16) if rows.dtype is torch.bfloat16 else rows).numpy()
 
 
-def _in_parts(rows: int, dim: int, work: Callable[[int, int], None]) -> None:
-    """Run `work(start, stop)` over all rows, in threads where that pays."""
+def _in_parts(shape: tuple[int, int], work: Callable[[slice], None]) -> None:
+    """Run `work` over parts of the rows, in threads where that pays."""
+    rows, dim = shape
     worth = 1 + rows * dim // _WORTH_A_THREAD
     num_threads = min(torch.get_num_threads(), worth, rows)
     if num_threads == 1:
-        work(0, rows)
+        work(slice(0, rows))
         return
     edges = np.linspace(0, rows, num_threads + 1).astype(int).tolist()
     pool = _pool(os.getpid(), num_threads)
-    for done in [pool.submit(work, *part) for part in itertools.pairwise(edges)]:
+    parts = [slice(*part) for part in itertools.pairwise(edges)]
+    for done in [pool.submit(work, part) for part in parts]:
         done.result()
 
 

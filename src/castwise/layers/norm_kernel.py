@@ -10,7 +10,10 @@ eight or sixteen numbers at a time; nothing else of fast-math is allowed.
     backward    u = w dy        dx = (u - mean(u) - h mean(u h)) / sqrt(var + eps)
                 dw = sum dy h   db = sum dy
 
-An RMS norm is the same with both means of x and of u left out, and without b.
+An RMS norm is the same with both means, of x and of u, left out, and without b. Numbers
+in bf16 come and go as their bits: the upper half of those in fp32.
+
+Shapes: R rows of D numbers.
 """
 
 from __future__ import annotations
@@ -19,9 +22,6 @@ from typing import Any
 
 import numpy as np
 from numba import njit
-from numba.np.numpy_support import carray
-
-from castwise.optim.addresses import bits_of, pointer, wide
 
 ROWS_TOGETHER = 64  # rows whose gradients of the weight are added in fp32
 _COMPILE: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}
@@ -29,130 +29,133 @@ _SUMS: dict[str, Any] = {**_COMPILE, "fastmath": {"reassoc"}}
 
 
 @njit(**_COMPILE)  # type: ignore[untyped-decorator]
-def _to_bf16(number: Any) -> Any:
-    """Return the bits of a number in bf16: to nearest, ties to even, NaN to NaN."""
-    bits = np.int32(bits_of(number))
-    odd = np.int32(np.int32(bits >> np.int32(16)) & np.int32(1))
-    rounded = np.int32(np.int32(bits + np.int32(0x7FFF)) + odd)
-    high = np.int16(rounded >> np.int32(16))
-    return high if number == number else np.int16(0x7FC0)  # noqa: PLR0124 -- of NaN
-
-
-@njit(**_SUMS)  # type: ignore[untyped-decorator]
-def _mean(x: Any, dim: int) -> Any:
-    total = np.float32(0)
-    for i in range(dim):
-        total += x[i]
-    return total / np.float32(dim)
-
-
-@njit(**_SUMS)  # type: ignore[untyped-decorator]
-def _variance(x: Any, mean: Any, dim: int) -> Any:
-    total = np.float32(0)
-    for i in range(dim):
-        apart = x[i] - mean
-        total += apart * apart
-    return total / np.float32(dim)
+def _widen(low: Any, bits: Any) -> None:
+    """Write numbers in bf16 as those of fp32."""
+    for i in range(len(bits)):
+        bits[i] = np.int32(low[i]) << np.int32(16)
 
 
 @njit(**_COMPILE)  # type: ignore[untyped-decorator]
-def _normalise(
-    x: Any, w: Any, b: Any, y: Any, mean: Any, inverse: Any, dim: int
-) -> None:
-    for i in range(dim):
-        y[i] = _to_bf16((x[i] - mean) * inverse * w[i] + b[i])
+def _round(bits: Any, low: Any) -> None:
+    """Round to nearest, ties to even; a NaN stays one, whatever its lower half."""
+    for i in range(len(bits)):
+        odd = np.int32(bits[i] >> np.int32(16)) & np.int32(1)
+        rounded = np.int32(bits[i] + np.int32(0x7FFF)) + np.int32(odd)
+        size = bits[i] & np.int32(0x7FFFFFFF)
+        is_nan = size > np.int32(0x7F800000)
+        low[i] = np.int16(0x7FC0) if is_nan else np.int16(rounded >> np.int32(16))
+
+
+@njit(**_SUMS)  # type: ignore[untyped-decorator]
+def _mean(x: Any) -> Any:
+    total = np.float32(0)
+    for i in range(len(x)):
+        total += x[i]
+    return total / np.float32(len(x))
+
+
+@njit(**_SUMS)  # type: ignore[untyped-decorator]
+def _variance(x: Any, mean: Any) -> Any:
+    total = np.float32(0)
+    for i in range(len(x)):
+        apart = x[i] - mean
+        total += apart * apart
+    return total / np.float32(len(x))
+
+
+@njit(**_COMPILE)  # type: ignore[untyped-decorator]
+def _normalise(x: Any, w: Any, b: Any, y: Any, mean: Any, inverse: Any) -> None:
+    for i in range(len(y)):
+        y[i] = (x[i] - mean) * inverse * w[i] + b[i]
 
 
 @njit(**_COMPILE)  # type: ignore[untyped-decorator]
 def forward(
-    addresses: Any, dim: int, start: int, stop: int, eps: Any, centred: bool
+    x: Any, w: Any, b: Any, y: Any, means: Any, inverses: Any, eps: Any, centred: bool
 ) -> None:
-    """Normalise rows from `start` to `stop`.
+    """Normalise rows.
 
     Args:
-        addresses: int64 [6], of x fp32 [R, D], w and b fp32 [D], y bf16 [R, D], means
-            and inverse deviations fp32 [R].
-        dim: D.
-        start: The first row.
-        stop: The row after the last.
+        x: fp32 [R, D].
+        w: fp32 [D].
+        b: fp32 [D].
+        y: bits of bf16, int16 [R, D], written.
+        means: fp32 [R], written.
+        inverses: fp32 [R], of the deviations, written.
         eps: fp32, what is added to a variance.
         centred: Whether the mean is taken off, as in a layer norm.
     """
-    w = carray(pointer(addresses[1]), (dim,), np.float32)
-    b = carray(pointer(addresses[2]), (dim,), np.float32)
-    means = carray(pointer(addresses[4]), (stop,), np.float32)
-    inverses = carray(pointer(addresses[5]), (stop,), np.float32)
-    for row in range(start, stop):
-        x = carray(pointer(addresses[0] + 4 * dim * row), (dim,), np.float32)
-        y = carray(pointer(addresses[3] + 2 * dim * row), (dim,), np.int16)
-        mean = _mean(x, dim) if centred else np.float32(0)
-        inverse = np.float32(1) / np.sqrt(_variance(x, mean, dim) + eps)
+    room = np.empty(x.shape[1], np.float32)
+    for row in range(len(x)):
+        mean = _mean(x[row]) if centred else np.float32(0)
+        inverse = np.float32(1) / np.sqrt(_variance(x[row], mean) + eps)
         means[row], inverses[row] = mean, inverse
-        _normalise(x, w, b, y, mean, inverse, dim)
+        _normalise(x[row], w, b, room, mean, inverse)
+        _round(room.view(np.int32), y[row])
 
 
 @njit(**_SUMS)  # type: ignore[untyped-decorator]
-def _means_of_backward(
-    x: Any, w: Any, dy: Any, mean: Any, inverse: Any, dim: int
-) -> Any:
+def _means_of_backward(x: Any, w: Any, dy: Any, mean: Any, inverse: Any) -> Any:
     """Return mean(u) and mean(u h)."""
     plain, along = np.float32(0), np.float32(0)
-    for i in range(dim):
-        u = w[i] * wide(dy[i])
+    for i in range(len(dy)):
+        u = w[i] * dy[i]
         plain += u
         along += u * ((x[i] - mean) * inverse)
-    return plain / np.float32(dim), along / np.float32(dim)
+    num = np.float32(len(dy))
+    return plain / num, along / num
 
 
 @njit(**_COMPILE)  # type: ignore[untyped-decorator]
-def _gradient_of_row(
-    x: Any, w: Any, dy: Any, dx: Any, numbers: Any, dim: int
-) -> None:
+def _gradient_of_row(x: Any, w: Any, dy: Any, dx: Any, numbers: Any) -> None:
     mean, inverse, plain, along = numbers
-    for i in range(dim):
+    for i in range(len(dy)):
         h = (x[i] - mean) * inverse
-        dx[i] = (w[i] * wide(dy[i]) - plain - h * along) * inverse
+        dx[i] = (w[i] * dy[i] - plain - h * along) * inverse
 
 
 @njit(**_COMPILE)  # type: ignore[untyped-decorator]
-def _add_to_weights(
-    x: Any, dy: Any, dw: Any, db: Any, mean: Any, inverse: Any, dim: int
-) -> None:
-    for i in range(dim):
-        g = wide(dy[i])
-        dw[i] += g * ((x[i] - mean) * inverse)
-        db[i] += g
+def _add_to_weights(x: Any, dy: Any, dw: Any, db: Any, mean: Any, inverse: Any) -> None:
+    for i in range(len(dy)):
+        dw[i] += dy[i] * ((x[i] - mean) * inverse)
+        db[i] += dy[i]
 
 
 @njit(**_COMPILE)  # type: ignore[untyped-decorator]
 def backward(
-    addresses: Any, dim: int, start: int, stop: int, centred: bool, sums: Any
+    x: Any,
+    w: Any,
+    dy: Any,
+    dx: Any,
+    means: Any,
+    inverses: Any,
+    centred: bool,
+    sums: Any,
 ) -> None:
-    """Differentiate rows from `start` to `stop`.
+    """Differentiate rows.
 
     Args:
-        addresses: int64 [6], of x, w, dy bf16 [R, D], dx fp32 [R, D], means and inverse
-            deviations.
-        dim: D.
-        start: The first row.
-        stop: The row after the last.
+        x: fp32 [R, D].
+        w: fp32 [D].
+        dy: bits of bf16, int16 [R, D].
+        dx: fp32 [R, D], written.
+        means: fp32 [R].
+        inverses: fp32 [R].
         centred: As in `forward`.
         sums: fp64 [2, D], to which dw and db of these rows are added.
     """
-    w = carray(pointer(addresses[1]), (dim,), np.float32)
-    means = carray(pointer(addresses[4]), (stop,), np.float32)
-    inverses = carray(pointer(addresses[5]), (stop,), np.float32)
+    dim = x.shape[1]
     near = np.zeros((2, dim), np.float32)
-    for row in range(start, stop):
-        x = carray(pointer(addresses[0] + 4 * dim * row), (dim,), np.float32)
-        dy = carray(pointer(addresses[2] + 2 * dim * row), (dim,), np.int16)
-        dx = carray(pointer(addresses[3] + 4 * dim * row), (dim,), np.float32)
+    bits = np.empty(dim, np.int32)
+    given = bits.view(np.float32)
+    for row in range(len(x)):
         mean, inverse = means[row], inverses[row]
-        plain, along = _means_of_backward(x, w, dy, mean, inverse, dim)
+        _widen(dy[row], bits)
+        plain, along = _means_of_backward(x[row], w, given, mean, inverse)
         if not centred:
             plain = np.float32(0)
-        _gradient_of_row(x, w, dy, dx, (mean, inverse, plain, along), dim)
-        _add_to_weights(x, dy, near[0], near[1], mean, inverse, dim)
-        if (row - start) % ROWS_TOGETHER == ROWS_TOGETHER - 1 or row == stop - 1:
+        _gradient_of_row(x[row], w, given, dx[row], (mean, inverse, plain, along))
+        _add_to_weights(x[row], given, near[0], near[1], mean, inverse)
+        if row % ROWS_TOGETHER == ROWS_TOGETHER - 1 or row == len(x) - 1:
             sums += near
             near[:] = 0

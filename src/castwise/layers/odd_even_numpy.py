@@ -3,7 +3,7 @@
 The same formulas. A chain of 1,024 sites takes ten levels of some thirty operations on
 ever shorter vectors, so that what counts is the cost of one call: some 0.5 us in NumPy,
 some 2 us in PyTorch. Nothing is recorded here; higher derivatives go through
-`odd_even`. Arrays are views of tensors, `k` has one entry per site, the last is zero.
+`odd_even`. Inside, k has one entry for each site, the last of which is zero.
 """
 
 from __future__ import annotations
@@ -15,33 +15,43 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.complexfloating[Any, Any]]
 
+DENSE = 8  # sites that are inverted as a matrix: cheaper than so many vector steps
+_NOTHING = np.empty((0, 0), np.complex64)  # stands where nothing is wanted
 
-def diagonal_and_bonds(a: Array, k: Array) -> tuple[Array, Array]:
+
+def diagonal_and_bonds(
+    a: Array, k: Array, *, bonds: bool = True
+) -> tuple[Array, Array]:
     """Compute the diagonal `[B, N]` of the inverse, and its bonds `[B, N-1]`.
 
     Args:
         a: `[B, N]`, the diagonal of the matrix, N >= 1.
         k: `[1 or B, N-1]`, products of opposite off-diagonals.
+        bonds: Whether bonds are wanted; else they are empty.
     """
     with np.errstate(all="ignore"):
-        diagonal, h = _solve(a, np.pad(k, ((0, 0), (0, 1))))
-        return diagonal, -k * h[:, :-1]
+        diagonal, h = _solve(a, _longer(k, 0), bonds=bonds)
+        return diagonal, -k * h[:, :-1] if bonds else h
 
 
-def diagonal_along(a: Array, k: Array, change: Array) -> tuple[Array, Array, Array]:
-    """Compute the diagonal, its change and that of h as `a` moves along `change`."""
+def diagonal_along(
+    a: Array, k: Array, change: Array, *, bonds: bool = True
+) -> tuple[Array, Array]:
+    """Compute the change of the diagonal, and that of h, as `a` moves."""
     with np.errstate(all="ignore"):
-        g, _, dg, dh = _solve_along(a, np.pad(k, ((0, 0), (0, 1))), change, None)
-        return g, dg, dh[:, :-1]
+        _, _, dg, dh = _solve_along(
+            a, _longer(k, 0), change, None, values=False, bonds=bonds
+        )
+        return dg, dh[:, :-1] if bonds else dh
 
 
-def _solve(a: Array, k: Array) -> tuple[Array, Array]:
-    """Return G and h; what h holds at the last site means nothing."""
+def _solve(a: Array, k: Array, *, bonds: bool = True) -> tuple[Array, Array]:
+    """Return G and h where wanted; what h holds at the last site means nothing."""
     length = a.shape[1]
-    if length == 1:
-        return _reciprocal(a), np.zeros_like(a)
+    if length <= DENSE:
+        return _entries(_inverse(a, k))
     if length % 2:
-        g, h = _solve(_longer(a, 1), _longer(k, 0))
+        g, h = _solve(_longer(a, 1), _longer(k, 0), bonds=bonds)
         return g[:, :length], h[:, :length]
     q = _reciprocal(a[:, 1::2])
     left, right = k[:, 0::2] * q, k[:, 1::2] * q
@@ -54,25 +64,36 @@ def _solve(a: Array, k: Array) -> tuple[Array, Array]:
     left += right
     left *= q
     left += q
+    if not bonds:
+        return _interleave(g, left), _NOTHING
     m_left *= q
     m_right *= q
     return _interleave(g, left), _interleave(m_left, m_right)
 
 
 def _solve_along(
-    a: Array, k: Array, da: Array, dk: Array | None
+    a: Array,
+    k: Array,
+    da: Array,
+    dk: Array | None,
+    *,
+    values: bool = True,
+    bonds: bool = True,
 ) -> tuple[Array, Array, Array, Array]:
-    """Return G, h and their changes; dk is None where the bonds stay."""
+    """Return G, h and their changes where wanted; dk is None where the bonds stay."""
     length = a.shape[1]
-    if length == 1:
-        g = _reciprocal(a)
-        return g, np.zeros_like(a), -(g * g * da), np.zeros_like(a)
+    if length <= DENSE:
+        inverse = _inverse(a, k)
+        move = _matrix(da, np.zeros_like(k) if dk is None else dk, 0)
+        return *_entries(inverse), *_entries(-(inverse @ move @ inverse))
     if length % 2:
         found = _solve_along(
             _longer(a, 1),
             _longer(k, 0),
             _longer(da, 0),
             None if dk is None else _longer(dk, 0),
+            values=values,
+            bonds=bonds,
         )
         g, h, dg, dh = (each[:, :length] for each in found)
         return g, h, dg, dh
@@ -112,18 +133,47 @@ def _solve_along(
     left += d_right
     left *= q
     left += rise * odd
+    dg = _interleave(dg, left)
+    if not (values or bonds):
+        return _NOTHING, _NOTHING, dg, _NOTHING
     m_left *= q
     m_right *= q
     dm_left *= q
     dm_right *= q
     dm_left += rise * m_left
     dm_right += rise * m_right
-    return (
-        _interleave(g, odd),
-        _interleave(m_left, m_right),
-        _interleave(dg, left),
-        _interleave(dm_left, dm_right),
-    )
+    dh = _interleave(dm_left, dm_right)
+    if not values:
+        return _NOTHING, _NOTHING, dg, dh
+    return _interleave(g, odd), _interleave(m_left, m_right), dg, dh
+
+
+def _matrix(a: Array, k: Array, upper: float) -> Array:
+    """Return matrices with `upper` above and k below the diagonal."""
+    length = a.shape[1]
+    out = np.zeros((a.shape[0], length * length), a.dtype)
+    out[:, :: length + 1] = a
+    out[:, 1 :: length + 1] = upper
+    out[:, length :: length + 1] = k[:, :-1]
+    return out.reshape(-1, length, length)
+
+
+def _inverse(a: Array, k: Array) -> Array:
+    """Invert short chains as they are; where one is singular, none has an inverse."""
+    matrix = _matrix(a, k, 1)
+    try:
+        return np.linalg.inv(matrix)
+    except np.linalg.LinAlgError:
+        return np.full_like(matrix, np.nan)
+
+
+def _entries(inverse: Array) -> tuple[Array, Array]:
+    """Return the diagonal and h of dense inverses."""
+    length = inverse.shape[1]
+    flat = inverse.reshape(-1, length * length)
+    h = np.zeros((len(flat), length), flat.dtype)
+    np.negative(flat[:, 1 :: length + 1], out=h[:, :-1])
+    return flat[:, :: length + 1], h
 
 
 def _reciprocal(a: Array) -> Array:

@@ -92,7 +92,8 @@ def diagonal(chain: Chain, *, wide: bool) -> Tensor:
     else:
         starred = _star_fits(chain)
         out = _star_inverses(chain, wide)[0] if starred else _plain(chain, wide)
-        broken = _any(~torch.isfinite(torch.view_as_real(out)).all(-1).all(-1))
+        # a sum is not finite where an entry is not
+        broken = _any(~torch.isfinite(torch.view_as_real(out.sum(-1))).all(-1))
     if broken is not None:
         for row in broken_rows(chain, broken):
             a_row, k_row = chain.row(row)
@@ -133,19 +134,31 @@ def _any(broken: Tensor) -> Tensor | None:
     return broken if broken.any() else None
 
 
-def _in_numpy(a: Tensor) -> bool:
-    return a.device.type == "cpu"
+def _in_numpy(chain: Chain) -> bool:
+    return chain.d.device.type == "cpu"
+
+
+def _arrays(chain: Chain, wide: bool) -> tuple[Any, Any]:
+    """Return a and k as NumPy arrays, in fp64 arithmetic when wide."""
+    dtype = np.complex128 if wide else np.complex64
+    d, z, k = chain.d.numpy(), chain.z.resolve_conj().numpy(), chain.k.numpy()
+    if np.iscomplexobj(d):
+        return (d - z[:, None]).astype(dtype), k.astype(dtype)
+    a = np.empty(d.shape, dtype)
+    np.subtract(d, z.real[:, None], out=a.real, casting="same_kind")
+    a.imag[:] = -z.imag[:, None]
+    return a, k.astype(dtype)
 
 
 def _plain(chain: Chain, wide: bool) -> Tensor:
     """Compute the diagonal by the odd-even reduction."""
-    a = chain.a(wide)
-    k = chain.k.to(a.dtype)
-    if _in_numpy(a):
-        found = odd_even_numpy.diagonal_and_bonds(a.numpy(), k.numpy())
+    if _in_numpy(chain):
+        a, k = _arrays(chain, wide)
+        found = odd_even_numpy.diagonal_and_bonds(a, k, bonds=chain.causal)
         out, bonds = map(torch.from_numpy, found)
     else:
-        out, bonds = diagonal_and_bonds(a, k)
+        start = chain.a(wide)
+        out, bonds = diagonal_and_bonds(start, chain.k.to(start.dtype))
     return left_inverse(out, bonds) if chain.causal else out
 
 
@@ -153,16 +166,18 @@ def _plain_gradient(
     chain: Chain, upstream: Tensor, wide: bool, need_k: bool
 ) -> Gradient:
     """Run the adjoint on the odd-even reduction."""
-    a = chain.a(wide)
     if chain.causal:
         inverse = _plain(chain, wide)
         return adjoint(chain, inverse, inverse, inverse, upstream, need_k=need_k)
-    k, along = chain.k.to(a.dtype), upstream.conj().to(a.dtype).resolve_conj()
-    if _in_numpy(a):
-        found = odd_even_numpy.diagonal_along(a.numpy(), k.numpy(), along.numpy())
-        _, site, bond = map(torch.from_numpy, found)
+    if _in_numpy(chain):
+        a, k = _arrays(chain, wide)
+        along = np.conj(upstream.resolve_conj().numpy()).astype(a.dtype)
+        found = odd_even_numpy.diagonal_along(a, k, along, bonds=need_k)
+        site, bond = map(torch.from_numpy, found)
     else:
-        _, site, bond = diagonal_along(a, k, along)
+        start = chain.a(wide)
+        turned = upstream.conj().to(start.dtype).resolve_conj()
+        _, site, bond = diagonal_along(start, chain.k.to(start.dtype), turned)
     return Gradient(site, -bond if need_k else None, -site.sum(-1))
 
 
