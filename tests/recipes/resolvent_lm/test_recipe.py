@@ -24,6 +24,7 @@ from castwise.recipes.resolvent_lm.model import RECIPE, build_model
 from castwise.recipes.resolvent_lm.settings import ResolventSettings
 from castwise.training.journal import read_journal
 from castwise.training.step import prepare
+from language_runs import LanguageRuns
 
 SMALL = """
 text:
@@ -44,38 +45,14 @@ training:
 """
 
 
+RUNS = LanguageRuns(recipe=RECIPE.name, kind=RECIPE.kind, config=SMALL)
+command, run, tree_of = RUNS.command, RUNS.run, RUNS.tree_of
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small config, and a cache of tokens for all runs of this file."""
-    folder = tmp_path_factory.mktemp("lm")
-    (folder / "small.yaml").write_text(SMALL)
-    return folder
-
-
-def command(place: Path, out: str, *more: str) -> list[str]:
-    """Return the arguments of a run."""
-    return [
-        *("train", "resolvent_lm", "--config", str(place / "small.yaml")),
-        *("--out", str(place / out), "--data", str(place / "data"), "--threads", "1"),
-        *more,
-    ]
-
-
-def run(place: Path, out: str, *more: str) -> str:
-    """Run in this process; the run must end well."""
-    result = CliRunner().invoke(
-        root, command(place, out, *more), catch_exceptions=False
-    )
-    assert result.exit_code == 0, result.output
-    return result.output
-
-
-def tree_of(place: Path, out: str) -> Any:
-    """Return the newest checkpoint of a run."""
-    shelf = CheckpointShelf(folder=place / out / "checkpoints", kind=RECIPE.kind)
-    found = shelf.latest().value
-    assert found is not None
-    return found.tree
+    return RUNS.prepare(tmp_path_factory.mktemp("lm"))
 
 
 def settings(**changes: Any) -> ResolventSettings:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.util
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -38,6 +36,7 @@ from castwise.recipes.soliton_lm.model import (
 from castwise.recipes.soliton_lm.settings import SolitonSettings
 from castwise.training.journal import Record, read_journal
 from castwise.training.step import prepare
+from language_runs import LanguageRuns
 
 needs_lightning = pytest.mark.skipif(
     importlib.util.find_spec("lightning") is None, reason="lightning is missing"
@@ -62,48 +61,14 @@ training:
 """
 
 
+RUNS = LanguageRuns(recipe=RECIPE.name, kind=RECIPE.kind, config=SMALL)
+command, run, start, tree_of = RUNS.command, RUNS.run, RUNS.start, RUNS.tree_of
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small config, and a cache of tokens for all runs of this file."""
-    folder = tmp_path_factory.mktemp("lm")
-    (folder / "small.yaml").write_text(SMALL)
-    return folder
-
-
-def command(place: Path, out: str, *more: str) -> list[str]:
-    """Return the arguments of a run."""
-    return [
-        *("train", "soliton_lm", "--config", str(place / "small.yaml")),
-        *("--out", str(place / out), "--data", str(place / "data"), "--threads", "1"),
-        *more,
-    ]
-
-
-def run(place: Path, out: str, *more: str) -> str:
-    """Run in this process; the run must end well."""
-    result = CliRunner().invoke(
-        root, command(place, out, *more), catch_exceptions=False
-    )
-    assert result.exit_code == 0, result.output
-    return result.output
-
-
-def start(place: Path, out: str, *more: str) -> subprocess.Popen[str]:
-    """Start a run in a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "castwise", *command(place, out, *more)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def tree_of(place: Path, out: str) -> Any:
-    """Return the newest checkpoint of a run."""
-    shelf = CheckpointShelf(folder=place / out / "checkpoints", kind=RECIPE.kind)
-    found = shelf.latest().value
-    assert found is not None
-    return found.tree
+    return RUNS.prepare(tmp_path_factory.mktemp("lm"))
 
 
 def lines(place: Path, out: str, event: str) -> list[Record]:
