@@ -280,11 +280,50 @@ def test_statistics_say_what_each_phase_did() -> None:
     assert counts["predict"].product_formats == {"bf16": 1.0}
     assert counts["full"].product_formats == {"fp32": 1.0}
     assert counts["predict"].switches == found.tries > 0
+    assert counts["warmup"].switches == counts["warmup"].switch_seconds == 0
+    for phase in ("full", "predict"):
+        assert 0 < counts[phase].switch_seconds < counts[phase].seconds
     assert found.tries == found.accepts + found.refusals
+    assert found.accepts > found.late_rollbacks >= 0
+    assert found.virtual_steps >= found.accepts
+    assert all(count.skips == 0 for count in counts.values())
     assert all(count.seconds > 0 for count in counts.values())
     assert sum(found.shares().values()) == pytest.approx(1.0)
     used = MixedPrecisionConfig.default().estimate_memory_savings(found.shares())
     assert used == pytest.approx(1 - 0.5 * counts["predict"].steps / 60)
+
+
+def test_a_confidence_is_held_against_what_came_true() -> None:
+    """Back-test of one window, cosine of the next: their difference is the error."""
+    task = SmallTask()
+    trainer = task.trainer(settings(confidence_threshold=0.9999999))
+    seen = []
+    for step in range(60):
+        before = trainer.confidence
+        trainer.step(task.batch(step))
+        if before is not None and trainer.confidence != before:
+            assert trainer.confidence is not None
+            seen.append(abs(trainer.confidence - before))
+    found = trainer.statistics
+    assert found.calibration_count == len(seen) >= 2
+    assert found.confidence_error == pytest.approx(sum(seen) / len(seen))
+
+
+@pytest.mark.parametrize("mode", ["jump", "stepwise"])
+def test_a_batch_with_a_nan_ends_a_prediction_without_a_trace(mode: str) -> None:
+    """The proposal may be good: nobody can know, so the run is back and in full."""
+    task = SmallTask()
+    optimizer = task.adamw()
+    trainer = task.trainer(settings(mode=mode), optimizer=optimizer)
+    step = run_to_predict(trainer, task)
+    before = bits_of(task.model, optimizer)
+    inputs, classes = task.batch(step)
+    done = trainer.step((torch.full_like(inputs, math.nan), classes))
+    assert (done.phase, trainer.phase) == ("predict", "full")
+    assert done.transition is not None
+    assert "nan" in done.transition.because
+    assert trainer.statistics.refusals == 1
+    assert_same_bits(bits_of(task.model, optimizer), before)
 
 
 def test_fp16_gradients_that_overflow_are_skipped_and_not_observed() -> None:

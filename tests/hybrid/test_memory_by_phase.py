@@ -76,9 +76,10 @@ def test_bf16_everywhere_halves_activations_alone() -> None:
 
 
 def test_shares_that_are_none_are_refused() -> None:
-    """Negative or all zero."""
+    """Negative, all zero, or no number."""
     estimate = estimate_memory(HybridSettings(), num_parameters=1)
-    for shares in ({"full": -1.0, "predict": 3.0}, {"full": 0.0}):
+    odd = [{"full": wrong} for wrong in (0.0, float("nan"), float("inf"))]
+    for shares in ({"full": -1.0, "predict": 3.0}, *odd):
         with pytest.raises(SettingsError, match="0 or more and not all 0"):
             estimate.average(shares)
 

@@ -75,7 +75,7 @@ class MemoryEstimate:
         """Return the bytes held on average over steps, given each phase's share."""
         shares = {parse_phase(phase): share for phase, share in distribution.items()}
         total = math.fsum(shares.values())
-        if not total > 0 or min(shares.values()) < 0:
+        if not 0 < total < math.inf or min(shares.values()) < 0:
             raise SettingsError(
                 f"the shares of the phases need to be 0 or more and not all 0, got "
                 f"{dict(distribution)}"

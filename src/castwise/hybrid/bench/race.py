@@ -6,10 +6,10 @@ of the tuning ends when it has taken longer than the best point so far, which ca
 change the choice. Then the method runs on other seeds.
 
 Time is the processor time of the thread inside of steps, which neighbours on the
-machine hardly lengthen, and the time of the clock beside it: snapshots,
-verification and rollback included, evaluation excluded for all alike. A difference counts only if the
-ranges over seeds do not overlap; otherwise the verdict is `no gain`. Virtual steps
-count for nothing.
+machine hardly lengthen, and the time of the clock beside it. Both include snapshots,
+verification and rollback, and exclude evaluation for all alike. A difference counts
+only if the ranges over seeds do not overlap; otherwise the verdict is `no gain`.
+Virtual steps count for nothing.
 """
 
 from __future__ import annotations
