@@ -384,22 +384,29 @@ def gradient_flows(name: str, num_turns: int) -> dict[str, Any]:
     counters = {
         way: GradientCounter(model, cw.preset("16-mixed"), n) for way, n in runs.items()
     }
-    steps: dict[str, Run] = {"plain": model}
+    steps: dict[str, Run] = {"plain": model, "plain again": model}
     for way, counter in counters.items():
         torch.compiler.reset()
         steps[way] = torch.compile(copy.deepcopy(model), backend=counter)
         steps[way](x)
     taken: dict[str, list[float]] = {way: [] for way in steps}
     for turn in range(num_turns + 2):
-        for way, run in steps.items():
+        for way in list(steps)[:: 1 - turn % 2 * 2]:
             start = time.process_time()
-            run(x).backward()
+            steps[way](x).backward()
             if turn >= 2:
                 taken[way].append(time.process_time() - start)
-    base = statistics.median(taken["plain"])
+    slower = {
+        way: statistics.quantiles(
+            [a / b for a, b in zip(times, taken["plain"], strict=True)], n=4
+        )
+        for way, times in taken.items()
+    }
     return {
         "summary": flow.summary(),
-        **{f"slow-down, {way}": statistics.median(taken[way]) / base for way in runs},
+        "plain, ms": 1e3 * statistics.median(taken["plain"]),
+        **{f"slow-down, {way}": slower[way][1] for way in list(steps)[1:]},
+        **{f"slow-down, {way}, quartiles": slower[way][::2] for way in list(steps)[1:]},
     }
 
 

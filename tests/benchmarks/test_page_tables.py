@@ -12,7 +12,9 @@ from page_tables import filled, markdown
 RECORDS = Path(__file__).parents[2] / "docs" / "accepted"
 
 
-@pytest.mark.parametrize("name", ["saves", "recompute"])
+@pytest.mark.parametrize(
+    "name", ["saves", "recompute", "estimate", "static_scale", "kernels"]
+)
 def test_a_page_says_what_the_record_says(name: str) -> None:
     """Whoever changes one of the two changes both."""
     bench = importlib.import_module(name)
