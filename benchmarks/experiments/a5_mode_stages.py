@@ -52,7 +52,7 @@ class ModeStages(Experiment):
         *(f"{SQUARES}{arm}" for arm in (DEFAULT, FROM_START, SEED)),
         *(LATE, BLIND),
     )
-    num_seeds = 16
+    num_seeds = 20
     first_seed = 20
     settings: ClassVar[Mapping[str, Any]] = {
         "puzzles": asdict(PUZZLES),
