@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from castwise.checkpoints.shelf import read_any
 from castwise.training.journal import Record, read_journal
@@ -134,6 +138,39 @@ def test_a_killed_rank_costs_nothing_that_was_reported_saved(
         assert one == other
     steps = [record.step for record in journal_of(killed, "train")]
     assert steps == [10, 20]
+
+
+@pytest.mark.slow
+def test_what_compression_owes_is_in_the_checkpoint(data: Path, tmp_path: Path) -> None:
+    """A run that goes on from the middle ends with the bits of one without a stop."""
+    whole, halted = tmp_path / "whole", tmp_path / "halted"
+    words = [
+        *(*TRAIN, "kenken", "--preset", "tiny", "--steps", "6", "--strategy", "ddp"),
+        *("--compress", "powersgd:rank=2,start=2", "--keep-last", "9"),
+        *("--checkpoint-every", "3", "--evaluate-every", "6"),
+    ]
+    finished(started(*words, "--out", str(whole), data=data))
+    shutil.copytree(whole, halted)
+    (last,) = (halted / "checkpoints").glob("*-step-6.*")
+    last.unlink()
+    finished(started(*words, "--out", str(halted), "--resume", data=data))
+    trees = [
+        read_any(next((run / "checkpoints").glob("*-step-6.*")))[1]
+        for run in (whole, halted)
+    ]
+    for part in ("model", "not_sent"):
+        assert bits_of(trees[0][part]) == bits_of(trees[1][part])
+    owed = trees[0]["not_sent"]["errors"]
+    assert owed
+    assert all(each.shape[0] == 2 and each.any() for each in owed.values())
+    assert trees[0]["facts"]["compress"] == "powersgd:rank=2,start=2"
+
+
+def bits_of(tree: Any) -> Any:
+    """A tree whose tensors are bytes."""
+    if isinstance(tree, Mapping):
+        return {name: bits_of(each) for name, each in tree.items()}
+    return tree.numpy().tobytes() if isinstance(tree, torch.Tensor) else tree
 
 
 @pytest.mark.slow

@@ -103,19 +103,23 @@ def replicate(
             _travels(model, bound, formats), compression, ddp.process_group, loss_scale
         )
         ddp.register_comm_hook(feedback, lambda state, bucket: state.hook(bucket))
-        _FEEDBACK[ddp] = feedback
+        _FEEDBACK[ddp] = _FEEDBACK[model] = feedback
     elif any(weight.dtype is not each for weight, each in formats.items()):
         state = _Reduction(formats=formats, group=ddp.process_group)
         ddp.register_comm_hook(state, lambda state, bucket: _reduce(state, bucket))  # noqa: PLW0108 -- DDP reads annotations, and refuses postponed ones
     return ddp
 
 
-def feedback_of(ddp: DistributedDataParallel) -> LowRank | None:
-    """Return what compression remembers of a model, for checkpoints; often nothing."""
-    return _FEEDBACK.get(ddp)
+def feedback_of(model: nn.Module) -> LowRank | None:
+    """Return what compression remembers, for checkpoints; often nothing.
+
+    Args:
+        model: What `replicate` was given, or what it returned.
+    """
+    return _FEEDBACK.get(model)
 
 
-_FEEDBACK: WeakKeyDictionary[DistributedDataParallel, LowRank] = WeakKeyDictionary()
+_FEEDBACK: WeakKeyDictionary[nn.Module, LowRank] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

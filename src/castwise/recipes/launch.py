@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -115,18 +116,34 @@ class Launch:
 
     def facts(self) -> dict[str, int | str]:
         """Return what a checkpoint and the report say of it."""
-        return {"strategy": self.strategy.name, "num_ranks": self.ranks.num_ranks}
+        return {
+            "strategy": self.strategy.name,
+            "num_ranks": self.ranks.num_ranks,
+            "compress": self.strategy.compress,
+        }
+
+
+BEFORE: dict[str, int | str] = {
+    "strategy": "one",
+    "num_ranks": 1,
+    "compress": "reduce",
+}
+"""What earlier runs, whose checkpoints do not tell, were launched as."""
 
 
 @contextmanager
 def open_launch(
-    *, asked: str | None, device: Decision[torch.device]
+    *,
+    asked: str | None,
+    device: Decision[torch.device],
+    compress: str = "reduce",
 ) -> Iterator[Launch]:
     """Join the processes of the run for the length of a with-block.
 
     Args:
         asked: What `--strategy` says.
         device: What `--device` says; of several GPUs each rank takes its own.
+        compress: What `--compress` says.
 
     Raises:
         SettingsError: There are several processes and no strategy, or the reverse.
@@ -137,7 +154,7 @@ def open_launch(
             f"--strategy {asked} needs processes that train together; start them by "
             "torchrun --nproc-per-node N -m castwise train ..."
         )
-    strategy = _strategy(asked, ranks or Ranks())
+    strategy = _strategy(asked, ranks or Ranks(), compress)
     own = _own_device(device, strategy)
     console = Console(quiet=not strategy.ranks.is_first)
     launch = Launch(strategy=strategy, device=own, console=console)
@@ -153,10 +170,11 @@ def may_restart() -> bool:
     return os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") not in {"", "0"}
 
 
-def _strategy(asked: str | None, ranks: Ranks) -> Strategy:
+def _strategy(asked: str | None, ranks: Ranks, compress: str) -> Strategy:
     """Refuse once what every process would refuse alike."""
+    name: Any = asked or "one"  # checked there
     try:
-        return Strategy(name=asked or "one", ranks=ranks)  # type: ignore[arg-type]  # checked there
+        return Strategy(name=name, ranks=ranks, compress=compress)
     except SettingsError:
         if ranks.is_first:
             raise

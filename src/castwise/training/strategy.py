@@ -21,6 +21,7 @@ import torch
 from torch import distributed
 
 from castwise.checkpoints.shelf import read_any
+from castwise.distributed.compression import Compression
 from castwise.distributed.ranks import ALONE, Ranks, from_first
 from castwise.errors import SettingsError
 from castwise.fitting import fit_to_device
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from castwise.checkpoints import CheckpointFacts, CheckpointShelf
     from castwise.checkpoints.background import Saved
     from castwise.distributed.formats import Gather
+    from castwise.distributed.low_rank import LowRank
     from castwise.policy import Policy
     from castwise.training.step import Run
 
@@ -89,8 +91,11 @@ class Strategy:
     ranks: Ranks = ALONE
     """The processes."""
 
+    compress: str = "reduce"
+    """How DDP makes gradients smaller, as `castwise.replicate` reads it."""
+
     def __post_init__(self) -> None:
-        """Refuse a word that is not known, and several processes without a strategy.
+        """Refuse words that are not known, and several processes without a strategy.
 
         Raises:
             SettingsError: Naming what there is.
@@ -98,6 +103,11 @@ class Strategy:
         if self.name not in STRATEGIES:
             raise SettingsError(
                 f"a strategy needs to be {', '.join(STRATEGIES)}, got {self.name!r}"
+            )
+        if Compression.parse(self.compress) != Compression() and self.name != "ddp":
+            raise SettingsError(
+                f"--compress {self.compress} makes gradients smaller that DDP sends "
+                "round; give it with --strategy ddp"
             )
         if self.name == "one" and self.ranks.num_ranks > 1:
             raise SettingsError(
@@ -146,7 +156,40 @@ class Strategy:
         from castwise.distributed.replication import replicate  # noqa: PLC0415 -- as above
 
         ids = [self.ranks.local_rank] if run.device.type == "cuda" else None
-        return replicate(model, run.precision.effective, device_ids=ids)
+        return replicate(
+            model,
+            run.precision.effective,
+            compress=self.compress,
+            loss_scale=run.loss_scale,
+            device_ids=ids,
+        )
+
+    def not_sent(self, model: nn.Module) -> dict[str, Any]:
+        """Return what compression has not sent so far, for a tree that rank 0 saves.
+
+        It is empty where nothing is owed; every rank must call.
+        """
+        feedback = self._feedback(model)
+        return {} if feedback is None else {"not_sent": feedback.whole_state_dict()}
+
+    def take_not_sent(self, model: nn.Module, tree: Mapping[str, Any]) -> None:
+        """Go on with what `not_sent` returned; it may have been saved by more ranks.
+
+        Raises:
+            CheckpointError: Gradients were compressed in another way.
+        """
+        feedback = self._feedback(model)
+        if feedback is not None and "not_sent" in tree:
+            feedback.load_state_dict(tree["not_sent"])
+
+    def _feedback(self, model: nn.Module) -> LowRank | None:
+        if Compression.parse(self.compress).method != "powersgd":
+            return None
+        from castwise.distributed.replication import (  # noqa: PLC0415 -- as above
+            feedback_of,
+        )
+
+        return feedback_of(model)
 
     def saves(self, shelf: CheckpointShelf) -> Saves:
         """Return what puts this run's checkpoints on a shelf; every rank must call."""

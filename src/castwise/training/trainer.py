@@ -265,6 +265,7 @@ class Trainer:
             self._sentinel.load_state_dict(tree["sentinel"])
         if self._stepping is not None:
             self._stepping.load_state_dict(tree["stepping"])
+        self._strategy.take_not_sent(self._run.model, tree)
         self._restore_random_states(tree["random"])
         position = tree["position"]
         self._progress.step = position["step"]
@@ -507,6 +508,7 @@ class Trainer:
             "averages": self._averages.state_dict(),
             "task": self._task.state_dict(),
             "random": self._random_states(),
+            **self._strategy.not_sent(self._run.model),
             **(
                 {}
                 if self._sentinel is None

@@ -70,6 +70,12 @@ CHANGES = (
     help="Over the processes of torchrun.  [default: one process]",
 )
 @click.option(
+    "--compress",
+    default="reduce",
+    metavar="HOW",
+    help="Gradients of ddp: bf16, fp16, powersgd:rank=4.  [default: the policy]",
+)
+@click.option(
     "--out",
     type=click.Path(path_type=Path),
     help="Folder of the run.  [default: runs/kenken/NNN]",
@@ -196,6 +202,7 @@ def train(**flags: Any) -> int:
             recompute=flags["recompute"],
             profile=flags["profile"],
             strategy=flags["strategy"],
+            compress=flags["compress"],
         ),
     )
 

@@ -42,7 +42,7 @@ from castwise.recipes.kenken.settings import KenKenSettings, settings_of
 from castwise.recipes.kenken.solver import KIND
 from castwise.recipes.kenken.supply import Supply, default_folder, open_supply
 from castwise.recipes.kenken.task import SCORE, KenKenTask
-from castwise.recipes.launch import Launch, open_launch
+from castwise.recipes.launch import BEFORE, Launch, open_launch
 from castwise.recipes.optimizer_choice import (
     OptimizerChoice,
     build_optimizer,
@@ -105,6 +105,9 @@ class Place:
     strategy: str | None = None
     """ddp or fsdp over the processes of torchrun, or None for one process."""
 
+    compress: str = "reduce"
+    """How ddp makes gradients smaller."""
+
     profile: str | None = None
     """Which steps are profiled, `FIRST:COUNT`, or None for none."""
 
@@ -161,7 +164,9 @@ def train(
         CastwiseError: For every mistake in a flag, a file or a folder.
     """
     with open_launch(
-        asked=place.strategy, device=choose_device(place.device)
+        asked=place.strategy,
+        device=choose_device(place.device),
+        compress=place.compress,
     ) as launch:
         return _train(preset, changes, choice, optimizer, hybrid, place, launch)
 
@@ -545,9 +550,9 @@ def _tell_changes(
     before: Mapping[str, Any], now: Mapping[str, Any], console: Console
 ) -> None:
     """Name what differs and may change the last bits, though it is allowed."""
-    before = {"strategy": "one", "num_ranks": 1, **before}  # earlier runs knew no other
+    before = {**BEFORE, **before}
     names = ("versions", "num_threads", "device", "data", "effective")
-    for name in (*names, "strategy", "num_ranks"):
+    for name in (*names, *BEFORE):
         if before[name] != now[name]:
             shown = "" if name in {"data", "effective"} else f": {before[name]} before"
             console.print(

@@ -29,6 +29,7 @@ from castwise.recipes.language.config import (
 from castwise.recipes.language.settings import TextSettings, TrainingSettings
 from castwise.recipes.language.supply import TokenSupply
 from castwise.recipes.language.tokenizer import Tokenizer, tokenizer_of
+from castwise.recipes.launch import BEFORE
 from castwise.recipes.precision_choice import PrecisionChoice
 
 DEFAULT_PRECISION = "bf16-mixed"
@@ -241,12 +242,12 @@ def facts_of(
 
 def changes_since(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Name what differs from a checkpoint and may change the last bits."""
-    before = {"strategy": "one", "num_ranks": 1, **before}  # earlier runs knew no other
+    before = {**BEFORE, **before}
     names = ("versions", "num_threads", "device", "data", "effective")
     return [
         f"Note: {name} differs from the checkpoint; the run goes on, but not bit for "
         "bit as it would have."
-        for name in (*names, "strategy", "num_ranks")
+        for name in (*names, *BEFORE)
         if before.get(name) != now.get(name, before.get(name))
     ]
 

@@ -41,6 +41,12 @@ from castwise.recipes.language.options import (
     help="Over the processes of torchrun.  [default: one process]",
 )
 @click.option(
+    "--compress",
+    default="reduce",
+    metavar="HOW",
+    help="Gradients of ddp: bf16, fp16, powersgd:rank=4.  [default: the policy]",
+)
+@click.option(
     "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
 )
 def train(**flags: Any) -> int:
@@ -68,5 +74,6 @@ def train(**flags: Any) -> int:
             data=flags["data"],
             hybrid=HybridChoice(asked=flags["hybrid"]),
             strategy=flags["strategy"],
+            compress=flags["compress"],
         ),
     )

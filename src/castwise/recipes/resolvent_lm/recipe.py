@@ -86,6 +86,9 @@ class Place:
     strategy: str | None = None
     """ddp or fsdp over the processes of torchrun, or None for one process."""
 
+    compress: str = "reduce"
+    """How ddp makes gradients smaller."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Built:
@@ -117,7 +120,9 @@ def train(asked: Asked, place: Place) -> int:
         CastwiseError: For every mistake in a flag, a file or a folder.
     """
     with open_launch(
-        asked=place.strategy, device=choose_device(place.device)
+        asked=place.strategy,
+        device=choose_device(place.device),
+        compress=place.compress,
     ) as launch:
         return _train(asked, place, launch)
 
@@ -189,6 +194,9 @@ def _build(
     ).to(device.value)
     hybrid = _phases(plan, place, folder)
     launch.refuse_phases(hybrid)
+    probe: Probe = NoProbe()
+    if settings.model.variant == "layer":
+        probe = ResolventProbe(model)  # its hooks come before those that free weights
     strategy.shard(model, plan.policy.value, device.value, fallback=plan.fallback)
     monitor = MemoryMonitor(device.value)
     made = prepare_run(
@@ -207,9 +215,6 @@ def _build(
         monitor=monitor,
     )
     run = made.run
-    probe: Probe = NoProbe()
-    if settings.model.variant == "layer":
-        probe = ResolventProbe(model)
     task = LanguageTask(
         run=run,
         model=model,
