@@ -36,6 +36,7 @@ def tier(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     else:
         assert resolvent_solve.kernel_available().value
     if request.param == "kernel in tiles":
+        monkeypatch.setattr(resolvent_kernel, "WHOLE", 0)
         monkeypatch.setattr(resolvent_kernel, "TILE", 16)
     if request.param == "torch":  # as on a device that NumPy cannot reach
         monkeypatch.setattr(resolvent_solve, "_in_numpy", lambda _: False)
@@ -158,6 +159,24 @@ def test_the_imaginary_part_has_the_right_sign() -> None:
     assert d.grad.item() == pytest.approx(-0.630602, abs=1e-6)
 
 
+def test_lanes_of_fp32_compute_what_lanes_of_fp64_do() -> None:
+    """All formats in and out, couplings by row, more rows than two arms hold."""
+    d, b, c, z = chain(75, batch=21)
+    wide = d.clone().requires_grad_()
+    exact = resolvent_diagonal(wide, b, c, z, causal=True)
+    upstream = torch.polar(torch.ones(75).double(), torch.arange(75).double())
+    exact.backward(upstream.expand_as(exact))
+    precision = ResolventPrecision(forward="fp32", backward="fp32", tolerance=1.0)
+    for inputs in ((d, b, c), (d.float(), b.float(), c.float())):
+        leaf = inputs[0].clone().requires_grad_()
+        out = resolvent_diagonal(leaf, *inputs[1:], z, precision=precision, causal=True)
+        out.backward(upstream.expand_as(out).to(out.dtype))
+        assert (out - exact).abs().max() <= 1e-6
+        assert leaf.grad is not None
+        assert wide.grad is not None
+        assert (leaf.grad - wide.grad).abs().max() <= 1e-5 * wide.grad.abs().max()
+
+
 def test_rows_are_independent() -> None:
     """A row does not know its neighbours, its strides, or its place in the batch."""
     d, b, c, z = chain(333, batch=19)
@@ -242,6 +261,24 @@ def test_near_zero_pivots_lose_nothing(entries: list[float], seed: int) -> None:
     out = resolvent_diagonal(d, b, b.flip(0), 0.0)
     exact = torch.linalg.inv(matrix).diagonal(dim1=-2, dim2=-1)
     torch.testing.assert_close(out, exact.to(out), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.usefixtures("tier")
+@pytest.mark.parametrize("tiny", [1e-5, 1e-9, 1e-17])
+def test_tiny_pivots_lose_no_digits(tiny: float) -> None:
+    """Rounding of one division of size 1 / tiny is not allowed into G or gradients."""
+    d = torch.tensor([[tiny, 0.25, -0.75, 0.5, tiny]], dtype=torch.float64)
+    b, c = torch.full((4,), 0.5).double(), torch.tensor([0.5, -0.5, 0.25, 0.5]).double()
+    args, others = (
+        [x.clone().requires_grad_() for x in (d, b[None], c[None])] for _ in range(2)
+    )
+    out = resolvent_diagonal(*args, 0.0)
+    exact = reference.resolvent_diagonal(*others, torch.zeros(1))
+    torch.testing.assert_close(out, exact, rtol=1e-10, atol=1e-10)
+    for each in (out, exact):
+        (each * torch.arange(1.0, 6.0)).real.sum().backward()
+    for one, other in zip(args, others, strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.usefixtures("tier")

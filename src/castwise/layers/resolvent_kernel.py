@@ -24,8 +24,8 @@ chain, and the second arm takes the next eight rows. Lanes without a row of thei
 repeat the last one, and write the same numbers to the same place.
 
 What an arm must remember stands in one record per site. Of a chain too long for the
-second-level cache only a tile at a time is remembered, and walked once more on the way
-back from what entered it.
+caches only a tile at a time is remembered, and walked once more on the way back from
+what entered it.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ from castwise.layers.resolvent_walk import (
 
 Marks = Any  # one bool for each row
 
-TILE = 2048  # sites of an arm that are remembered at once
+WHOLE = 8192  # sites of a chain that is remembered as a whole
+TILE = 1024  # sites of an arm that are remembered at once, of a longer chain
 BLOCK = 32  # sites that are fetched, walked and stored while the first cache holds them
 GROWTH = 1e8  # |q|^2 above so many times the mean |G|^2 costs half of fp64's digits
 
@@ -358,7 +359,7 @@ _per_thread = threading.local()
 
 def scratch(length: int, itemsize: int) -> tuple[int, int]:
     """Return tile, and address of memory for the longest records in this format."""
-    tile = min(TILE, length)
+    tile = length if length <= WHOLE else TILE
     width = NUM_LANES * itemsize
     held = (2 * width + 16) * NUM_CARRIED + (tile + 2) * 5 * width
     needed = 3 * held + (length // tile + 1) * 8 * width + 64
