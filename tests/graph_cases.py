@@ -24,8 +24,8 @@ class Case:
     tokens: int = 0
     """Draw whole numbers below this instead of normal ones."""
 
-    inner: tuple[str, ...] = ("eager", "aot_eager")
-    """Inner compilers that can run it."""
+    has_rival: bool = True
+    """Whether autocast can run it: in a backward by hand it mixes its formats."""
 
     def inputs(self, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
         """The same input in any format."""
@@ -114,6 +114,50 @@ class Cube(torch.autograd.Function):
         """Three times the square."""
         (x,) = ctx.saved_tensors
         return 3 * x * x * gradients[0]
+
+
+class Product(torch.autograd.Function):
+    """A linear layer by hand: products in both directions, and a write."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The product with twice the input, and a sum."""
+        ctx.save_for_backward(x, weight)
+        twice = x.clone()
+        twice.mul_(2)
+        return twice @ weight.t(), x.square().sum()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients of both."""
+        x, weight = ctx.saved_tensors
+        to_product, to_sum = gradients
+        return 2 * (to_product @ weight + x * to_sum), 2 * to_product.t() @ x
+
+
+class OwnProduct(nn.Module):
+    """A custom autograd function that multiplies, in a module of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.inner = nn.Linear(WIDTH, WIDTH), ByHand()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """From inputs to outputs."""
+        return self.inner(self.a(x))
+
+
+class ByHand(nn.Module):
+    """A layer whose function and derivative are written out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH) / WIDTH**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A product and a sum."""
+        y, total = Product.apply(x, self.weight)
+        return y + total / x.numel()
 
 
 class OwnFunction(nn.Module):
@@ -383,6 +427,7 @@ CASES = (
     Case(name="written", build=Written),
     Case(name="conv", build=InPlaceNet, shape=(4, 3, 9, 9)),
     Case(name="own function", build=OwnFunction),
+    Case(name="own product", build=OwnProduct, has_rival=False),
     Case(name="recomputed", build=Recomputed),
     Case(name="branching", build=Branching),
     Case(name="own regions", build=OwnRegions),

@@ -71,7 +71,9 @@ def test_outputs_gradients_and_buffers_are_right(case: Case, inner: Inner) -> No
         compiled.append(cw.compile(model, "bf16-mixed", inner=inner))
         return compiled[0]
 
-    found, usual = errors(case, compile_it), errors(case, under_autocast)
+    found, usual = errors(case, compile_it), 3 * (4 * TOLERANCES["bf16"].unit,)
+    if case.has_rival:
+        usual = errors(case, under_autocast)
     for error, rival in zip(found, usual, strict=True):
         assert error <= 1.5 * rival + 2 * TOLERANCES["bf16"].unit
     plan = compiled[0].plan()

@@ -144,7 +144,7 @@ OWN_BACKWARD = preset("bf16-mixed").with_rule(stage="backward", precision="c=fp3
 def test_islands_and_stages_keep_aliases(
     policy: Policy, limit: float, seed: int
 ) -> None:
-    """A view in an island of fp64 is never a view of a cast, which writes would miss."""
+    """In an island of fp64 no view is one of a cast, which writes would miss."""
     torch.compiler.reset()
     found = worst_of(7000 + seed, lambda net: cw.compile(net, policy, inner="eager"))
     assert found < limit

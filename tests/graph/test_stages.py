@@ -14,10 +14,13 @@ from castwise.errors import PolicyError
 from castwise.graph.capture import Inner
 from castwise.numerics.error import relative_error
 from castwise.policy import Policy, preset
-from graph_cases import CASES, WIDTH, Attention
+from graph_cases import CASES, WIDTH, Attention, OwnProduct
 from tolerances import TOLERANCES
 
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute")  # Dynamo itself
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The .grad attribute"),  # asked for by Dynamo
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated"),  # Dynamo itself
+]
 
 LOW_FORWARD = preset("bf16-mixed").with_rule(
     module="solver", stage="backward", precision="c=fp32", because="a test wants it"
@@ -145,9 +148,8 @@ def test_a_backward_in_fp64_runs_in_it_throughout(forward: str, inner: Inner) ->
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
 @pytest.mark.parametrize("formats", [("bf16", "fp32"), ("fp32", "bf16")])
 @pytest.mark.parametrize(
-    "name", ["written", "recomputed", "branching", "broken", "float mask", "encoder"]
+    "name", ["written", "recomputed", "branching", "float mask", "encoder"]
 )
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # Dynamo itself
 def test_every_kind_of_model_takes_a_backward_of_its_own(
     name: str, formats: tuple[str, str], inner: Inner
 ) -> None:
@@ -258,6 +260,69 @@ def test_what_no_graph_has_takes_no_backward_of_its_own() -> None:
     policy = preset("bf16-mixed").with_rule(stage="backward", precision="c=fp32")
     with pytest.raises(PolicyError, match="no graph has"):
         compiled_of(policy, "aot_eager", nn.Sequential(nn.LSTM(WIDTH, WIDTH)))
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backward", ["bf16", "fp32"])
+def test_a_custom_function_is_planned_inside(backward: str, inner: Inner) -> None:
+    """Its forward and its backward run as the module that calls it does."""
+    policy = preset("bf16-mixed").with_rule(
+        module="inner", stage="backward", precision=f"c={backward}"
+    )
+    torch.manual_seed(0)
+    compiled = compiled_of(policy, inner, OwnProduct())
+    compiled(batch()).sum().backward()
+    proof = compiled.prove(lambda: compiled(batch()).square().sum().backward()).check()
+    seen = {
+        (run.stage, run.actual)
+        for run in proof.operators
+        if run.module == "inner" and run.num_flops
+    }
+    assert seen == {("forward", "bf16"), ("backward", backward)}
+    assert not compiled.plan().unknown_ops
+
+
+class KeepsDigits(torch.autograd.Function):
+    """A product whose author wants fp32 under autocast."""
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        """A product."""
+        ctx.save_for_backward(x, weight)
+        return x @ weight.t()
+
+    @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        """Two products."""
+        x, weight = ctx.saved_tensors
+        return gradients[0] @ weight, gradients[0].t() @ x
+
+
+def test_a_custom_function_that_sets_its_formats_keeps_them() -> None:
+    """`custom_fwd` is its author's word, and the plan names what it left."""
+
+    class Keeping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return KeepsDigits.apply(x, self.layer.weight)
+
+    torch.manual_seed(0)
+    model = Keeping()
+    compiled = compiled_of(preset("bf16-mixed"), model=model)
+    out, grads = gradients(model, compiled, batch())
+    exact = copy.deepcopy(model).double()
+    right, right_grads = gradients(exact, exact, batch().double())
+    assert relative_error(out, right) < 8 * TOLERANCES["fp32"].unit
+    assert relative_error(grads, right_grads) < 8 * TOLERANCES["fp32"].unit
+    plan = compiled.plan()
+    assert plan.unknown_ops == ("autograd_function_apply",)
+    assert "custom_fwd" in plan.explain("autograd_function_apply")
+    assert "as captured: autograd_function_apply" in plan.summary()
 
 
 @pytest.mark.slow

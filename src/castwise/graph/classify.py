@@ -10,7 +10,7 @@
     part     takes one tensor out of several that one call made
     apart    runs in one format forward and in another one backward, by a stage rule
     opaque   runs in the formats it was captured in: unknown operators, casts by hand,
-             autocast regions of the user, modules in fp32, bodies of custom functions
+             autocast regions of the user, modules in fp32
     input, output
 
 Nothing is guessed. Whatever does not fit a role for certain is opaque, and says why.

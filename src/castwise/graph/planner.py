@@ -1,13 +1,16 @@
 """Plan one captured graph: classify, find aliases, choose, try, insert.
 
 What the trial refuses is left as captured, and the choice is made again. Bodies of
-checkpoints and conditionals are planned by themselves; at their borders, values keep
-the formats they were captured in.
+checkpoints, conditionals and custom autograd functions are planned by themselves; at
+their borders, values keep the formats they were captured in. The backward of a custom
+function is planned as the backward of the module that calls it. A function whose author
+set its formats by `custom_fwd` keeps them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from torch import fx
@@ -31,9 +34,11 @@ if TYPE_CHECKING:
     from castwise.graph.aliases import Aliases
     from castwise.graph.classify import Call
     from castwise.graph.problem import Label
-    from castwise.graph.settings import Surroundings
+    from castwise.graph.settings import Stage, Surroundings
 
 _PLANNED_BODIES = frozenset({"tag_activation_checkpoint", "cond", "invoke_subgraph"})
+_FUNCTION = "autograd_function_apply"
+_STAGES: tuple[Stage, Stage] = ("forward", "backward")
 _MOST_TRIALS = 12
 
 
@@ -56,10 +61,15 @@ def plan_graph(
     Returns:
         The plan of the graph, and those of the bodies inside of it.
     """
-    inner = []
-    for body_name, body in _bodies(module):
-        inner += plan_graph(body, surroundings, f"{name}, {body_name}")
-    planned = choose(module.graph, surroundings)
+    inner, left = [], {}
+    for node in module.graph.nodes:
+        reason = _why_left(module, node)
+        if reason is not None:
+            left[node.name] = reason
+            continue
+        for body_name, body, around in _bodies(module, node, surroundings):
+            inner += plan_graph(body, around, f"{name}, {body_name}")
+    planned = choose(module.graph, surroundings, left)
     problem, solution = planned.problem, planned.solution
     found = _record(problem, solution, name)
     insert_casts(module.graph, problem, solution.needs, surroundings.table)
@@ -67,11 +77,23 @@ def plan_graph(
     return [found, *inner]
 
 
-def choose(graph: fx.Graph, surroundings: Surroundings) -> Planned:
-    """Make a choice that every operator of the graph takes."""
-    opaque: dict[str, str] = {}
+def choose(
+    graph: fx.Graph,
+    surroundings: Surroundings,
+    left: Mapping[str, str] = MappingProxyType({}),
+) -> Planned:
+    """Make a choice that every operator of the graph takes.
+
+    Args:
+        graph: As Dynamo captured it.
+        surroundings: The policy, by module.
+        left: Names of nodes whose bodies are left as captured, and why.
+    """
+    opaque = dict(left)
     for _ in range(_MOST_TRIALS):
         calls = classify(graph, surroundings, opaque)
+        for node, call in calls.items():
+            call.is_known = call.is_known and node.name not in left
         aliases = find_aliases(calls)
         _leave_shared_views(calls, aliases)
         problem = Problem(calls, aliases)
@@ -95,20 +117,45 @@ def _leave_shared_views(calls: Mapping[fx.Node, Call], aliases: Aliases) -> None
             call.role, call.because = "opaque", "sees memory that stays as captured"
 
 
-def _bodies(module: fx.GraphModule) -> Iterator[tuple[str, fx.GraphModule]]:
-    """The graphs that calls in this one run, and that may be planned by themselves."""
-    seen = set()
-    for node in module.graph.nodes:
-        kind = str(getattr(node.target, "__name__", node.target))
-        if node.op != "call_function" or kind not in _PLANNED_BODIES:
-            continue
-        for source in node.all_input_nodes:
-            if source.op != "get_attr" or str(source.target) in seen:
-                continue
-            body = getattr(module, str(source.target), None)
-            if isinstance(body, fx.GraphModule):
-                seen.add(str(source.target))
-                yield str(source.target), body
+def _bodies(
+    module: fx.GraphModule, node: fx.Node, surroundings: Surroundings
+) -> Iterator[tuple[str, fx.GraphModule, Surroundings]]:
+    """The graphs that a call runs, each with what surrounds it."""
+    kind = _kind(node)
+    if kind not in _PLANNED_BODIES and kind != _FUNCTION:
+        return
+    home = surroundings.module_of(node)
+    for at, (name, body) in enumerate(_graphs_of(module, node)):
+        stage = _STAGES[at] if kind == _FUNCTION else None
+        yield name, body, surroundings.within(home, stage)
+
+
+def _why_left(module: fx.GraphModule, node: fx.Node) -> str | None:
+    """Why the graphs that a call runs stay as they were captured; none if planned."""
+    kind, graphs = _kind(node), _graphs_of(module, node)
+    if not graphs or kind in _PLANNED_BODIES:
+        return None
+    if kind != _FUNCTION:
+        return "runs graphs of its own, which stay as they were captured"
+    traces = (n.meta.get("stack_trace") or "" for n in graphs[0][1].graph.nodes)
+    if any("in decorate_fwd" in trace for trace in traces):
+        return "its author set its formats by custom_fwd"
+    return None
+
+
+def _kind(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def _graphs_of(
+    module: fx.GraphModule, node: fx.Node
+) -> list[tuple[str, fx.GraphModule]]:
+    """The graphs among the arguments of a call, in order."""
+    if node.op != "call_function":
+        return []
+    named = [str(n.target) for n in node.all_input_nodes if n.op == "get_attr"]
+    found = [(name, getattr(module, name, None)) for name in named]
+    return [(name, body) for name, body in found if isinstance(body, fx.GraphModule)]
 
 
 def _record(problem: Problem, solution: Solution, name: str) -> GraphPlan:

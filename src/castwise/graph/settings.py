@@ -40,6 +40,9 @@ class Surroundings:
     stages: tuple[Stage, Stage] = ("forward", "backward")
     """The stage whose rules decide for an operator, and the one for its derivative."""
 
+    home: str = ""
+    """The module of nodes that do not say theirs."""
+
     _computes: dict[tuple[str, str], str] = field(default_factory=dict)
 
     @classmethod
@@ -61,17 +64,23 @@ class Surroundings:
         return found
 
     def module_of(self, node: fx.Node) -> str:
-        """The fqn of the module that called a node; the root where none is known."""
+        """The fqn of the module that called a node, as far as it is known."""
         stack = node.meta.get("nn_module_stack") or {}
         for key in reversed(stack):
             number = str(key).partition("@")[0]
             if number.isdigit() and int(number) in self.fqns:
                 return self.fqns[int(number)]
-        return ""
+        return self.home
 
-    def within(self, stage: Stage) -> Surroundings:
-        """The same for a graph that is the forward, or the backward, by itself."""
-        return replace(self, stages=(stage, stage))
+    def within(self, home: str, stage: Stage | None = None) -> Surroundings:
+        """The same for a graph inside of a graph.
+
+        Args:
+            home: The module that runs it, where its nodes do not say theirs.
+            stage: Where it is the forward, or the backward, by itself.
+        """
+        stages = self.stages if stage is None else (stage, stage)
+        return replace(self, home=home, stages=stages)
 
     def compute(self, module: str) -> str:
         """The format that a module computes in."""
