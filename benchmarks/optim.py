@@ -9,6 +9,10 @@ fused fp32 AdamW in the same round, `least` the shortest round. Bandwidth is mea
 the same turns, by an in-place multiplication of an fp32 array: 8 bytes an element. `of
 bandwidth` is the least time of a step over the least time of moving its own bytes once.
 
+Each turn begins with a small operator of torch, so that its threads are as after a
+backward: awake, and waiting for more. `--only` takes parts of names, such as
+`--only "AdamW, split bf16,"` for the step with and without its check, side by side.
+
 On a GPU the sizes go to 1e9 and the clock is that of CUDA events. Peers that are not
 installed are named as missing.
 """
@@ -28,7 +32,14 @@ from typing import Any
 
 import torch
 
-from castwise.optim import SGD, AdamW, Lion, SweepSettings, hold_weights
+from castwise.optim import (
+    SGD,
+    AdamW,
+    Lion,
+    SweepSettings,
+    hold_weights,
+    torch_threads,
+)
 
 REFERENCE = "torch AdamW fused, fp32"
 BANDWIDTH = "bandwidth (x *= a, fp32)"
@@ -109,6 +120,26 @@ def _held_setup(make: Callable[..., Any], storage: str = "split") -> Setup:
     return setup
 
 
+def _in_a_pool(setup: Setup) -> Setup:
+    """Let a row of ours run in threads of Python instead of those of torch."""
+
+    def in_a_pool(
+        size: int, device: torch.device
+    ) -> tuple[Callable[[], Any], float, float]:
+        step, held, moved = setup(size, device)
+
+        def stepped() -> None:
+            openmp, torch_threads.openmp = torch_threads.openmp, lambda: None
+            try:
+                step()
+            finally:
+                torch_threads.openmp = openmp
+
+        return stepped, held, moved
+
+    return in_a_pool
+
+
 def _bandwidth(
     size: int, device: torch.device
 ) -> tuple[Callable[[], Any], float, float]:
@@ -128,13 +159,15 @@ SETUPS: dict[str, Setup] = {
     "torch AdamW fused, bf16 (loses updates)": _torch_setup(
         lambda p: torch.optim.AdamW(p, fused=True), torch.bfloat16
     ),
-    "castwise AdamW, split bf16": _held_setup(
+    "castwise AdamW, split bf16, unchecked": _held_setup(
         lambda p: AdamW(p, settings=SweepSettings(check_finite=False))
     ),
+    "castwise AdamW, split bf16, checked": _held_setup(AdamW),
+    "castwise AdamW, split bf16, checked, pool": _in_a_pool(_held_setup(AdamW)),
     "castwise AdamW, split bf16, check and clip": _held_setup(
         lambda p: AdamW(p, settings=CLIPPED)
     ),
-    "castwise AdamW, split bf16, 8-bit states": _held_setup(
+    "castwise AdamW, split, 8-bit states": _held_setup(
         lambda p: AdamW(p, settings=EIGHT)
     ),
     "castwise SGD momentum, split bf16": _held_setup(lambda p: SGD(p, momentum=0.9)),
@@ -213,8 +246,10 @@ def measure(size: int, rounds: int, device: torch.device, only: str) -> list[Row
     rows = [Row(name, *SETUPS[name](size, device)) for name in wanted]
     for row in rows:
         seconds(row.step, device)
+    awake = torch.ones(1 << 18, device=device)
     for _ in range(rounds):
         for row in rows:
+            awake.mul_(1.0)
             row.times.append(seconds(row.step, device))
     return rows
 

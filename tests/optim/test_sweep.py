@@ -3,13 +3,22 @@ from __future__ import annotations
 import copy
 import math
 import re
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 import torch
 
 from castwise.errors import SettingsError, WeightStorageError
-from castwise.optim import SGD, AdamW, Lion, SweepSettings, hold_weights
+from castwise.optim import (
+    SGD,
+    AdamW,
+    Lion,
+    SweepSettings,
+    hold_weights,
+    torch_threads,
+)
 from castwise.optim.sweep import SweepOptimizer
 
 SHAPES = ((1,), (63,), (1000,), (37, 139), (70001,))
@@ -320,6 +329,37 @@ def test_threads_change_no_bit() -> None:
         assert norm == results[0][1]
 
 
+@pytest.mark.parametrize("lent", [True, False])
+def test_threads_of_torch_and_of_python_do_the_same(
+    monkeypatch: pytest.MonkeyPatch, *, lent: bool
+) -> None:
+    """Where torch has no OpenMP threads to lend, and in a fork, a pool does it."""
+    if lent and torch_threads.openmp() is None:
+        pytest.skip("torch is built without OpenMP here")
+    if not lent:
+        monkeypatch.setattr(torch_threads, "openmp", lambda: None)
+    before = torch.get_num_threads()
+    weights = []
+    try:
+        for num_threads in (1, 3):
+            torch.set_num_threads(num_threads)
+            parameter = torch.nn.Parameter(torch.zeros(2_000_003))
+            optimizer = AdamW([parameter])
+            hold_weights(optimizer)
+            for poison in (1.0, math.inf, 1.0):
+                lot = torch.Generator().manual_seed(0)
+                gradient = torch.randn(parameter.shape, generator=lot).bfloat16()
+                gradient[1_999_999] *= poison
+                parameter.grad = gradient
+                optimizer.step()
+                assert optimizer.outcome.stepped == (poison == 1.0)
+            weights.append(parameter.detach().clone())
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*weights)
+    assert weights[0].count_nonzero() > 1_999_000
+
+
 def test_layouts_other_than_contiguous_are_swept_right() -> None:
     """Channels-last weights with gradients in another layout give the same numbers."""
     plain = torch.nn.Parameter(torch.randn(5, 3, 4, 7))
@@ -487,3 +527,23 @@ def test_the_sweep_on_cuda_agrees_with_the_cpu(kind: Any) -> None:
         weights.append(held.fp32_weights(torch.nn.ParameterList(parameters)))
     for name, weight in weights[0].items():
         assert torch.allclose(weights[1][name].cpu(), weight, rtol=1e-5, atol=1e-6)
+
+
+def test_a_forked_child_sweeps_without_the_threads_of_its_parent() -> None:
+    """OpenMP threads do not come along with a fork; a pool of its own steps there."""
+    script = """
+import os, torch
+from castwise.optim import AdamW
+torch.set_num_threads(2)
+parameter = torch.nn.Parameter(torch.zeros(1_500_000))
+optimizer = AdamW([parameter])
+parameter.grad = torch.ones_like(parameter)
+optimizer.step()
+child = os.fork()
+if child == 0:
+    optimizer.step()
+    os._exit(0 if optimizer.state[parameter]["step"] == 2 else 3)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    done = subprocess.run([sys.executable, "-c", script], timeout=120, check=False)
+    assert done.returncode == 0

@@ -152,3 +152,18 @@ def _to_write(
 
 write: Any = intrinsic(prefer_literal=True)(_to_write)
 """array, index from 0, number, place of the array (a constant) -> nothing."""
+
+
+def _to_count_up(typing_context: Any, array: Any, index: Any) -> Any:
+    """Add one to a number of an array, of which several threads know."""
+    del typing_context, index
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        where = _element(context, builder, signature.args[0], values)
+        return builder.atomic_rmw("add", where, ir.IntType(64)(1), "monotonic")
+
+    return types.int64(array, types.int64), generate
+
+
+count_up: Any = intrinsic(_to_count_up)
+"""int64 array, index -> its number there, which is one more from now on; atomic."""

@@ -1,25 +1,20 @@
 """Lays parameters out as a table of addresses, and runs machine code over it.
 
 A chunk is 64 Ki elements of one parameter. Chunks are shared out among as many threads
-as torch uses; the code holds no lock of Python. What a chunk computes depends on no
-other chunk, and sums are added up in the order of the chunks: the number of threads
-changes no bit.
+as torch uses (`machine_jobs`). Sums are added up in the order of the chunks, so that
+the number of threads changes no bit.
 """
 
 from __future__ import annotations
 
-import functools
-import itertools
 import math
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from castwise.optim import machine, machine_checks, machine_codes
+from castwise.optim import machine_codes, machine_jobs
 from castwise.optim import machine_rows as rows
 from castwise.optim.states import BLOCK
 from castwise.optim.swept import Sweeper, Swept
@@ -28,9 +23,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 CHUNK = 256 * BLOCK
-_WORTH_A_THREAD = 16 * CHUNK  # below it, waking a thread costs more than it saves
-
-_PIECES_A_THREAD = 8
+_WORTH_THREADS = 16 * CHUNK  # below it, sharing costs more than it saves
 
 _RULES = {"adamw_": rows.ADAMW, "sgd_": rows.SGD, "lion_": rows.LION}
 _FORMATS = {
@@ -53,12 +46,7 @@ class MachineSweeper(Sweeper):
 
     def nonfinite(self) -> list[bool]:
         """Return of each gradient whether it holds an infinity or NaN."""
-        found = np.zeros(len(self._table), np.bool_)
-        _in_threads(
-            lambda some: machine_checks.nonfinite(self._table[some], found[some]),
-            self._table,
-            backwards=True,
-        )
+        found = machine_jobs.run_nonfinite(self._table, _num_threads(self._table))
         counts = np.bincount(self._owners, found, minlength=len(self.swept))
         return [bool(count) for count in counts]
 
@@ -73,9 +61,7 @@ class MachineSweeper(Sweeper):
         used = [places.setdefault(each.numbers, len(places)) for each in self.swept]
         numbers = np.array(list(places), np.float32)
         self._table[:, rows.NUMBERS] = np.array(used, np.int64)[self._owners]
-        _in_threads(
-            lambda some: machine.sweep(rule, self._table[some], numbers), self._table
-        )
+        machine_jobs.run_sweep(rule, self._table, numbers, _num_threads(self._table))
 
 
 def norms(tensors: Sequence[torch.Tensor]) -> list[float]:
@@ -111,13 +97,7 @@ def _square_sums(
     factor: float,
 ) -> list[float]:
     """Return the sum of the squares of each owner's gradients times a factor."""
-    sums = np.zeros(len(table))
-    scaled = np.float32(factor)
-    _in_threads(
-        lambda some: machine_checks.square_sums(table[some], scaled, sums[some]),
-        table,
-        backwards=True,
-    )
+    sums = machine_jobs.run_square_sums(table, factor, _num_threads(table))
     with np.errstate(invalid="ignore"):  # inf - inf is a NaN that is looked for
         totals = np.bincount(owners, sums, minlength=num_owners)
     return [float(total) for total in totals]
@@ -176,40 +156,7 @@ def _row(each: Swept) -> list[int]:
     return row
 
 
-def _in_threads(
-    work: Callable[[slice], Any],
-    table: npt.NDArray[np.int64],
-    *,
-    backwards: bool = False,
-) -> None:
-    """Run `work` over all rows, some at a time, in threads where that pays.
-
-    A thread takes the next rows when it is done with its last, so that one which other
-    programs hold up does not hold up the rest. The caller is one of the threads.
-    """
+def _num_threads(table: npt.NDArray[np.int64]) -> int:
+    """Return in how many threads to work a table off: as torch does, or in one."""
     total = int(table[:, rows.COUNT].sum())
-    num_threads = min(torch.get_num_threads(), 1 + total // _WORTH_A_THREAD)
-    if num_threads <= 1:
-        work(slice(0, len(table)))
-        return
-    num_pieces = min(_PIECES_A_THREAD * num_threads, len(table))
-    edges = np.linspace(0, len(table), num_pieces + 1).astype(int).tolist()
-    pieces = [slice(*ends) for ends in itertools.pairwise(edges)]
-    left = iter(pieces[::-1] if backwards else pieces)
-
-    def take() -> None:
-        for piece in left:  # one next() at a time: the lock of Python is held
-            work(piece)
-
-    pool = _pool(os.getpid(), num_threads - 1)
-    others = [pool.submit(take) for _ in range(num_threads - 1)]
-    take()
-    for each in others:
-        each.result()
-
-
-@functools.cache
-def _pool(pid: int, num_threads: int) -> ThreadPoolExecutor:
-    """Return the threads of this process; a fork inherits none, hence the pid."""
-    del pid
-    return ThreadPoolExecutor(num_threads, thread_name_prefix="castwise-sweep")
+    return torch.get_num_threads() if total >= _WORTH_THREADS else 1
