@@ -111,7 +111,7 @@ def measure(arm: str, width: int, depth: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     steady_allocator()
     savings = ARMS[arm]
-    _train(savings, 16, 1, None)  # what code and kernels hold is there from now on
+    _train(savings, 128, 1, None)  # what code and kernels hold is there from now on
     gc.collect()
     monitor = MemoryMonitor("cpu")
     before = monitor.now_bytes()
