@@ -5,9 +5,11 @@ pages, by every way in turn, in the same two processes and from the same weights
 
     none                      DDP as it is: fp32 sums
     bf16, fp16                `castwise.replicate(compress="bf16")`
-    powersgd:rank=1, 4, 16    `castwise.replicate(compress="powersgd:rank=...")`
+    powersgd:rank=1, 4, 16    the same with compress="powersgd:rank=..."
     torch fp16                torch's fp16_compress_hook: the rival of fp16
-    torch powersgd 4          torch's powerSGD_hook of rank 4: the rival of powersgd
+    torch powersgd 4          torch's powerSGD_hook of rank 4: the rival of powersgd.
+                              Each bucket is waited for before the next one is sent:
+                              over gloo messages of several buckets get mixed up
 
 `payload` is what a rank hands over to be summed in a step, counted; `wire` is what the
 kernel counted on the network interface for each rank, headers and acknowledgements
@@ -115,8 +117,8 @@ def text() -> Tensor:
 class Lots:
     """Rows of the text: for each step and rank its own, and a part held out."""
 
-    def __init__(self, rank: int, num_rows: int, seed: int) -> None:
-        whole = text()
+    def __init__(self, rank: int, seed: int, args: argparse.Namespace) -> None:
+        whole, num_rows = args.text, args.rows
         cut = len(whole) * 9 // 10
         self._seen, self._held_out = whole[:cut], whole[cut:]
         self._rank, self._num_rows, self._seed = rank, num_rows, seed
@@ -166,8 +168,14 @@ def replicated(way: str, model: nn.Module, run: cw.Run) -> DistributedDataParall
             start_powerSGD_iter=START,
             min_compression_rate=2,
         )
-        ddp.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+        ddp.register_comm_hook(state, _waited_for)
     return ddp
+
+
+def _waited_for(state: Any, bucket: Any) -> Any:
+    future = powerSGD_hook.powerSGD_hook(state, bucket)
+    future.wait()
+    return future
 
 
 class Training:
@@ -183,7 +191,7 @@ class Training:
             self.model, optimizer, cw.preset("32-true"), clip_norm=1.0
         )
         self.way, self.ddp = way, replicated(way, self.model, self.run)
-        self.lots, self.number = Lots(rank, args.rows, seed), 0
+        self.lots, self.number = Lots(rank, seed, args), 0
 
     def step(self) -> None:
         """Forward, backward, sums, update."""
@@ -344,6 +352,7 @@ def main() -> None:
     if not args.inside and not in_own_network(sys.argv):
         print("no network namespace: nothing is measured at a rate", file=sys.stderr)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    args.text = text()  # once: somebody may be writing a page
     context = multiprocessing.get_context("spawn")
     out = context.SimpleQueue()
     store = tempfile.mktemp(prefix="castwise-compression-")  # noqa: S306 -- gloo makes it
@@ -362,7 +371,9 @@ def main() -> None:
             "date": dt.datetime.now(dt.UTC).date().isoformat(),
             "torch": torch.__version__,
             "machine": platform.processor() or platform.machine(),
-            "settings": {k: v for k, v in vars(args).items() if k != "json"},
+            "settings": {
+                k: v for k, v in vars(args).items() if k not in {"json", "text"}
+            },
             "ways": found,
         }
         args.json.write_text(json.dumps(facts, indent=1) + "\n")

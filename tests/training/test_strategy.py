@@ -3,10 +3,38 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+import castwise as cw
 from castwise.distributed.ranks import Ranks
-from castwise.errors import SettingsError
+from castwise.errors import RanksError, SettingsError
 from castwise.training.strategy import Strategy
+from shared_net import net, policy_of
+from two_ranks import TwoRanks
+
+
+def begun(rank: int, name: str, presets: list[str]) -> str:
+    """Begin to train by a strategy, with a policy of one's own."""
+    strategy = Strategy(name=name, ranks=Ranks(rank=rank, num_ranks=2))  # type: ignore[arg-type]
+    model, policy = net(), policy_of(presets[rank])
+    strategy.shard(model, policy, torch.device("cpu"))
+    run = cw.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1), policy)
+    try:
+        strategy.forward_of(model, run)
+    except RanksError as error:
+        return str(error)
+    return "begun"
+
+
+def test_ranks_of_different_policies_do_not_begin(two_ranks: TwoRanks) -> None:
+    """DDP would train two halves of a run in different precisions; FSDP2 would hang."""
+    same, other = "bf16-mixed fp32", "bf16-mixed c=fp8_e4m3"
+    assert two_ranks(begun, "ddp", [same, same]) == ("begun", "begun")
+    for name in ("ddp", "fsdp"):
+        zero, one = two_ranks(begun, name, [same, other])
+        assert "rank 1 and rank 0 must have the same policy" in zero
+        assert "c=fp8_e4m3" in zero
+        assert one == "rank 0 says in what the ranks differ; this rank stops too"
 
 
 @pytest.mark.parametrize("name", ["one", "fsdp"])

@@ -30,8 +30,9 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from torch._C._distributed_c10d import Store, TCPStore
-from torch.distributed import DistNetworkError, DistStoreError
+from torch import distributed
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+from torch.distributed import DistNetworkError, DistStoreError, distributed_c10d
 
 from castwise.errors import RanksError, SettingsError
 
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 TIMEOUT = 300.0
 """Seconds; as long as a machine may need to load a model that others have loaded."""
 
+_CALLS = itertools.count()  # each call in a group has keys of its own
 _FAREWELL = 10.0  # seconds at most that the host of the store waits for the others
 
 _Credentials = dict[str, list[str]]
@@ -114,6 +116,17 @@ class RollCall:
                 f"within {timeout:g} s, and nobody does; see why rank 0 is not there"
             ) from error
         return cls(store=store, rank=rank, num_ranks=num_ranks, timeout=timeout)
+
+    @classmethod
+    def in_group(cls, *, timeout: float = TIMEOUT) -> Self:
+        """Meet where the ranks of the process group have met already."""
+        store = distributed_c10d._get_default_store()  # noqa: SLF001 -- nobody else keeps it
+        return cls(
+            store=PrefixStore(f"roll_call/{next(_CALLS)}", store),
+            rank=distributed.get_rank(),
+            num_ranks=distributed.get_world_size(),
+            timeout=timeout,
+        )
 
     def meet(self) -> None:
         """Wait until every rank is there.

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from torch import distributed
 
-from castwise.checkpoints.shelf import read_any
+from castwise.checkpoints.container import read_checkpoint
 from castwise.distributed.compression import Compression
 from castwise.distributed.ranks import ALONE, Ranks, from_first
+from castwise.distributed.roll_call import RollCall, credentials
 from castwise.errors import SettingsError
 from castwise.fitting import fit_to_device
 
@@ -150,7 +151,15 @@ class Strategy:
             shard(model, fitted, gather=gather)
 
     def forward_of(self, model: nn.Module, run: Run) -> nn.Module:
-        """Return what training has to call so that gradients are summed."""
+        """Return what training has to call so that gradients are summed.
+
+        Raises:
+            RanksError: Another rank has another model, policy or version.
+        """
+        policy = run.precision.effective
+        if self.ranks.num_ranks > 1:
+            own = credentials(model, policy, settings={"compress": self.compress})
+            RollCall.in_group().agree(own)
         if self.name != "ddp":
             return model
         from castwise.distributed.replication import replicate  # noqa: PLC0415 -- as above
@@ -158,7 +167,7 @@ class Strategy:
         ids = [self.ranks.local_rank] if run.device.type == "cuda" else None
         return replicate(
             model,
-            run.precision.effective,
+            policy,
             compress=self.compress,
             loss_scale=run.loss_scale,
             device_ids=ids,
@@ -203,7 +212,7 @@ class Strategy:
     def read(self, path: Path) -> tuple[CheckpointFacts, Any]:
         """Read a checkpoint; of one in parts a sharded run reads what it will hold."""
         if not self.is_sharded or not path.is_dir():
-            return read_any(path)
+            return read_checkpoint(path)
         from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415 -- as above
 
         from castwise.checkpoints.parts import read_parts  # noqa: PLC0415 -- as above
