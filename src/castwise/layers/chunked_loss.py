@@ -156,6 +156,7 @@ def _one_chunk(
     # from here on `logits` is the gradient by the logits, in their place
     logits.exp_().scatter_add_(1, place, -torch.ones_like(place, dtype=logits.dtype))
     error = logits.to(hidden.dtype)
+    del logits  # in 16 bits the products need this room more
     # rows that do not count are left out where they are short
     if by_hidden is not None:
         by_hidden.copy_((error @ weight).where(counted.unsqueeze(1), 0.0))
