@@ -21,8 +21,8 @@ from torch.distributed.tensor import DTensor, Shard
 import castwise as cw
 from castwise.checkpoints import CheckpointShelf
 from castwise.checkpoints.background import BackgroundSaves
+from castwise.checkpoints.container import read_checkpoint
 from castwise.checkpoints.parts import load_parts
-from castwise.checkpoints.shelf import read_any
 from castwise.distributed.ranks import joined, launched
 from castwise.distributed.sharding import shard
 from castwise.optim.adamw import AdamW
@@ -148,7 +148,7 @@ def main() -> None:
         latest = shelf.paths()[0]
         if ranks.rank < 2:
             assert whole(load_parts(latest, kind=KIND, mesh=two, group=own)) == after
-        assert whole(read_any(latest)[1]) == after
+        assert whole(read_checkpoint(latest)[1]) == after
         if ranks.is_first:
             assert "exp_avg_signed_quadratic" in after["optimizer"]["state"][0]
             print("the same")  # noqa: T201 -- read by the test

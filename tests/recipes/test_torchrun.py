@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from castwise.checkpoints.shelf import read_any
+from castwise.checkpoints.container import read_checkpoint
 from castwise.training.journal import Record, read_journal
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -81,8 +81,8 @@ def test_two_processes_reach_the_loss_of_one(data: Path, tmp_path: Path) -> None
     assert told.count("in force") == told.count("step 20/20 100%") - 1 == 1
     assert told.count("report:") == 1
     assert (tmp_path / "2" / "report.html").stat().st_size > 10_000
-    facts = read_any(next((tmp_path / "2" / "checkpoints").glob("*-step-20.*")))[1]
-    assert facts["facts"]["num_ranks"] == 2
+    (last,) = (tmp_path / "2" / "checkpoints").glob("*-step-20.*")
+    assert read_checkpoint(last)[1]["facts"]["num_ranks"] == 2
 
 
 def kill_rank_one(torchrun: int) -> None:
@@ -123,7 +123,7 @@ def test_a_killed_rank_costs_nothing_that_was_reported_saved(
             reported = journal_of(killed, "saved")
     kill_rank_one(process.pid)
     for record in reported:
-        read_any(killed / "checkpoints" / record.values["checkpoint"])
+        read_checkpoint(killed / "checkpoints" / record.values["checkpoint"])
     told = finished(process)
     assert "exitcode: -9" in told
     names = [path.name for path in sorted((whole / "checkpoints").glob("0*"))]
@@ -155,7 +155,7 @@ def test_what_compression_owes_is_in_the_checkpoint(data: Path, tmp_path: Path) 
     last.unlink()
     finished(started(*words, "--out", str(halted), "--resume", data=data))
     trees = [
-        read_any(next((run / "checkpoints").glob("*-step-6.*")))[1]
+        read_checkpoint(next((run / "checkpoints").glob("*-step-6.*")))[1]
         for run in (whole, halted)
     ]
     for part in ("model", "not_sent"):

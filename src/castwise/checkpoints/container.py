@@ -127,7 +127,7 @@ def load_checkpoint(path: str | os.PathLike[str], *, kind: str) -> Any:
     """Read a tree back, bit for bit; run nothing that stands in the file.
 
     Args:
-        path: A file that `save_checkpoint` wrote.
+        path: A file that `save_checkpoint` wrote, or a folder of parts.
         kind: What the tree must be.
 
     Returns:
@@ -156,6 +156,10 @@ def describe_checkpoint(path: str | os.PathLike[str]) -> CheckpointFacts:
         StorageError: Missing, a folder, or not readable.
     """
     source = Path(path)
+    if _is_in_parts(source):
+        from castwise.checkpoints.parts import describe_parts  # noqa: PLC0415 -- loads torch.distributed
+
+        return describe_parts(source)
     with _Source(source) as file:
         size = _check_frame(file, source)
         header, _ = _read_header(file, source)
@@ -164,6 +168,10 @@ def describe_checkpoint(path: str | os.PathLike[str]) -> CheckpointFacts:
 
 def read_checkpoint(path: Path) -> tuple[CheckpointFacts, Any]:
     """Read facts and tree of a checkpoint of any kind, after checking its digest."""
+    if _is_in_parts(path):
+        from castwise.checkpoints.parts import read_parts  # noqa: PLC0415 -- loads torch.distributed
+
+        return read_parts(path)
     with _Source(path) as file:
         size = _check_frame(file, path)
         _check_digest(file, path)
@@ -176,6 +184,11 @@ def read_checkpoint(path: Path) -> tuple[CheckpointFacts, Any]:
             return facts, decode(document, fetch)
         except _STRANGE as error:
             raise _malformed(path) from error
+
+
+def _is_in_parts(path: Path) -> bool:
+    """Whether the ranks of a sharded run wrote it, as a folder."""
+    return path.suffix == ".sharded" and path.is_dir()
 
 
 def read_leaves(path: Path, names: Collection[str]) -> dict[str, Any]:

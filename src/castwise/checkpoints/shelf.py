@@ -150,7 +150,7 @@ class CheckpointShelf:
             ForeignCheckpointError: The shelf belongs to another kind of run.
             NewerCheckpointError: The latest was written by a later castwise.
         """
-        return self._first_whole(self.paths(), "the latest", read or read_any)
+        return self._first_whole(self.paths(), "the latest", read or read_checkpoint)
 
     def best(self) -> Decision[StoredCheckpoint | None]:
         """Read the checkpoint with the best score that is whole.
@@ -162,7 +162,7 @@ class CheckpointShelf:
             CheckpointError: As `latest`.
         """
         return self._first_whole(
-            self._by_score(), f"the {self.best_is} score", read_any
+            self._by_score(), f"the {self.best_is} score", read_checkpoint
         )
 
     def _first_whole(
@@ -203,7 +203,7 @@ class CheckpointShelf:
         judged: list[tuple[float, int, Path]] = []
         for path in self.paths():
             try:
-                score = _score(describe_any(path))
+                score = _score(describe_checkpoint(path))
             except NewerCheckpointError:
                 raise
             except (CheckpointError, StorageError):
@@ -232,24 +232,6 @@ class CheckpointShelf:
                 path.unlink(missing_ok=True)
             except OSError as error:
                 raise storage_error("remove", path, error) from error
-
-
-def read_any(path: Path) -> tuple[CheckpointFacts, Any]:
-    """Read a checkpoint with its tensors whole: a file, or a folder of parts."""
-    if not path.is_dir():
-        return read_checkpoint(path)
-    from castwise.checkpoints.parts import read_parts  # noqa: PLC0415 -- loads torch.distributed
-
-    return read_parts(path)
-
-
-def describe_any(path: Path) -> CheckpointFacts:
-    """Read what a checkpoint says about itself: a file, or a folder of parts."""
-    if not path.is_dir():
-        return describe_checkpoint(path)
-    from castwise.checkpoints.parts import describe_parts  # noqa: PLC0415 -- loads torch.distributed
-
-    return describe_parts(path)
 
 
 def _order(path: Path) -> int:

@@ -97,7 +97,7 @@ def write(loaded: LoadedModel, prompt: str, **how: Any) -> str:
 
 
 def _file_of(path: Path) -> Path:
-    if not path.is_dir():
+    if not path.is_dir() or path.suffix == ".sharded":
         return path
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     for each in (resolvent_lm, soliton_lm):

@@ -206,8 +206,9 @@ class RunCallback(Callback):
         optimizer = module.optimizers()
         assert not isinstance(optimizer, list)
         loss = getattr(module, "last_loss")  # noqa: B009 -- ours, typed as any module
+        losses: Any = module.all_gather(loss)  # a call that every process makes
         values = {
-            "loss": float(loss),
+            "loss": float(losses.float().mean()),
             **worst(self._probe.read()),
             "tokens_per_s": len(recent) * self._num_tokens / window,
             "step_ms": 1e3 * statistics.median(recent),

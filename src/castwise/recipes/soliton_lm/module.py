@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from castwise.errors import SettingsError
 from castwise.optim import hold_weights
 from castwise.policy import Policy
 from castwise.recipes.language.evaluation import Batches
@@ -139,7 +140,13 @@ class BatchesByStep:
 
     def __iter__(self) -> Iterator[Pair]:
         """Yield the batch of the next update, and all after it."""
-        step = self._module.trainer.global_step
+        step, num = self._module.trainer.global_step, self._module.trainer.world_size
+        size = len(self._batches.train(step).tokens)
+        if size % num:
+            raise SettingsError(
+                f"{num} processes need a batch that they can share evenly, got "
+                f"text.batch_size {size}; take a number of devices that divides it"
+            )
         while True:
             yield self._module.share_of(self._batches.train(step))
             step += 1
