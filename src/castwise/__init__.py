@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from castwise.checkpoints import save_checkpoint as save_checkpoint
     from castwise.decision import Decision as Decision
     from castwise.distributed.likeness import watch_ranks as watch_ranks
+    from castwise.distributed.replication import feedback_of as feedback_of
     from castwise.distributed.replication import replicate as replicate
     from castwise.distributed.sharding import Sharding as Sharding
     from castwise.distributed.sharding import shard as shard
@@ -119,6 +120,7 @@ _ROOMS = {
     "contract": "castwise.numerics.contract",
     "diagnose": "castwise.numerics.diagnose",
     "estimate": "castwise.memory.estimate",
+    "feedback_of": "castwise.distributed.replication",
     "hold_weights": "castwise.optim",
     "lint": "castwise.numerics.lint",
     "load_checkpoint": "castwise.checkpoints",

@@ -35,4 +35,4 @@ def played(rank: int, folder: str) -> list[Any]:
 def test_the_code_of_the_page_runs(two_ranks: TwoRanks, tmp_path: Path) -> None:
     """On two processes, as a reader would paste it."""
     policy_of("bf16-mixed fp32").save(tmp_path / "policy.yaml")
-    assert two_ranks(played, str(tmp_path)) == ([2, 2], [2, 2])
+    assert two_ranks(played, str(tmp_path)) == ([2, 2, 2], [2, 2, 2])

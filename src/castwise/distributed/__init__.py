@@ -7,7 +7,10 @@
     groups.py        which modules share one message: the groups of FSDP2
     sharding.py      puts the groups on a model
     replication.py   sums gradients in the formats of a policy under DDP
+    compression.py   makes gradients smaller; low_rank.py is the one that needs a memory
     gradients.py     what all processes must agree on before a step
+    roll_call.py     who is there, and whether all mean the same run
+    likeness.py      whether all still hold the same bits (fingerprint.py)
     ranks.py         the processes that torchrun started
 
 `shard` comes first of all, then the optimizer, then the policy by `prepare`, Lightning
