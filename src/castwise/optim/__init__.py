@@ -16,3 +16,4 @@ from castwise.optim.sgd import SGD as SGD
 from castwise.optim.storage import STORAGES as STORAGES
 from castwise.optim.sweep import SweepOutcome as SweepOutcome
 from castwise.optim.sweep import SweepSettings as SweepSettings
+from castwise.optim.unscale_clip import unscale_and_clip as unscale_and_clip
