@@ -153,6 +153,39 @@ def handwritten_simd_gradient(  # noqa: C901 -- in one piece, as one writes it b
             flow[1, b] = store[i, 5, b] + im
 
 
+class HandwrittenResolvent(torch.autograd.Function):
+    """The handwritten kernels as a layer needs them: rows in, rows out, gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, d: Tensor, k: Tensor, z: complex) -> Tensor:
+        """Turn the batch round, run, keep the input."""
+        rows, length = d.shape
+        ctx.save_for_backward(d, k)
+        ctx.z = z
+        out = np.empty((rows, length, 2), np.float32)
+        handwritten_simd(*_columns(d, k, z), out, np.empty((length, 2, rows)))
+        return torch.view_as_complex(torch.from_numpy(out))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        """Recompute, and run the adjoint."""
+        d, k = ctx.saved_tensors
+        rows, length = d.shape
+        source = torch.view_as_real(grad.conj().resolve_conj()).double()
+        source = source.permute(1, 2, 0).contiguous().numpy()
+        out = np.empty((rows, length), np.float32)
+        handwritten_simd_gradient(
+            *_columns(d, k, ctx.z), source, out, np.empty((length, 8, rows))
+        )
+        return torch.from_numpy(out), None, None
+
+
+def _columns(d: Tensor, k: Tensor, z: complex) -> tuple[Any, Any, Any]:
+    """Return d - z with the batch innermost, and k, in fp64."""
+    a = d.double().T.contiguous().numpy()
+    return a - z.real, np.full_like(a, -z.imag), k.double().numpy()
+
+
 def skew_cg(h: Tensor, psi: Tensor, delta: float, steps: int) -> Tensor:
     """Plain CG on the real block of I + i delta H, which is I + skew, not positive."""
 
