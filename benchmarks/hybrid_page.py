@@ -124,9 +124,10 @@ def _controls(benches: Mapping[str, Any]) -> str:
                 least=_number(plain["least"], -math.inf),
                 most=_number(plain["most"], math.inf),
             )
-            wanted, _, word = str(control).partition(", ")[2].rpartition(": ")
-            rows.append([name, control.name, f"{control.value:.3g}", wanted, word])
-    return markdown(["bench", "control", "found", "wanted", ""], rows) if rows else ""
+            found = f"{control.value:.3g}"
+            rows.append([name, control.name, found, control.wanted, control.word])
+    columns = ["bench", "control", "found", "wanted", ""]
+    return markdown(columns, rows) if rows else ""
 
 
 def _number(value: float | None, otherwise: float) -> float:

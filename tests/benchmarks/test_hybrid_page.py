@@ -33,7 +33,9 @@ def test_a_record_becomes_tables() -> None:
         "rna": race(seconds=1.0, backwards=50, edge=True),
         "lookahead": race(seconds=float("inf"), backwards=float("inf")),
     }
-    controls = [{"name": "rna over plain", "value": 0.5, "least": None, "most": 0.65}]
+    controls = [
+        {"name": "rna over plain, passes", "value": 0.5, "least": None, "most": 0.65}
+    ]
     arms = {
         "vanilla": {"phases": {"warmup": 4 << 20}},
         "all": {"phases": {"warmup": 1 << 20, "correct": 3 << 20}},
@@ -48,7 +50,7 @@ def test_a_record_becomes_tables() -> None:
     assert "| `lookahead` | not reached |" in made["races"]
     assert "| `rna` | 0.004*, 0.9, falls over 300 |" in made["points"]
     assert made["conclusions"].startswith("- *physics-informed*: a gain of 1.3 times")
-    row = "| physics | rna over plain | 0.5 | at most 0.65 | holds |"
+    row = "| physics | rna over plain, passes | 0.5 | at most 0.65 | holds |"
     assert row in made["controls"]
     assert "| all | 1 |  |  | 3 | 0.75 |" in made["stacking"]
     assert set(tables({}).values()) == {"Not measured yet.\n"}

@@ -211,4 +211,4 @@ def test_the_conclusion_compares_with_the_best_loop() -> None:
     assert conclusion(found).startswith("a gain of 1.3 times")
     assert conclusion(found).endswith("the fastest of all is rna")
     found["rna"] = runs(0.3, None)
-    assert conclusion(found).startswith("no gain")
+    assert conclusion(found).endswith("no prediction reached the target in time")

@@ -81,14 +81,20 @@ class Control:
         """Whether it came out."""
         return self.least <= self.value <= self.most
 
+    @property
+    def wanted(self) -> str:
+        """What it was held against."""
+        if self.most < math.inf:
+            return f"at most {self.most:g}"
+        return f"at least {self.least:g}"
+
+    @property
+    def word(self) -> str:
+        """`holds` or `FAILS`."""
+        return "holds" if self.holds else "FAILS"
+
     def __str__(self) -> str:
-        wanted = (
-            f"at most {self.most:g}"
-            if self.most < math.inf
-            else f"at least {self.least:g}"
-        )
-        word = "holds" if self.holds else "FAILS"
-        return f"control: {self.name} is {self.value:.3g}, {wanted}: {word}"
+        return f"control: {self.name} is {self.value:.3g}, {self.wanted}: {self.word}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -262,10 +268,13 @@ def conclusion(found: Mapping[str, Any]) -> str:
     medians = {method: statistics.median(each) for method, each in times.items()}
     best = min((m for m in found if m in PREDICTIONS), key=medians.__getitem__)
     loop = min((m for m in found if m in ("plain", "bare")), key=medians.__getitem__)
-    gain = medians[loop] / medians[best] if medians[best] < math.inf else 0.0
+    fastest = min(medians, key=medians.__getitem__)
+    if medians[best] == math.inf:
+        who = "no method" if medians[fastest] == math.inf else "no prediction"
+        return f"no gain of {WANTED_GAIN} times: {who} reached the target in time"
+    gain = medians[loop] / medians[best]
     apart = max(times[best]) < min(times[loop])
     word = "a gain" if gain >= WANTED_GAIN and apart else "no gain"
-    fastest = min(medians, key=medians.__getitem__)
     return (
         f"{word} of {WANTED_GAIN} times: {best} is {gain:.2f} times as fast as {loop}, "
         f"and the ranges over seeds {'lie apart' if apart else 'overlap'}; the fastest "
