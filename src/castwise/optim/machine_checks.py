@@ -53,8 +53,12 @@ def _square_sum(row: Any, factor: Any, bits: Any, lanes: Any) -> float:
     """Sum the squares of a chunk of scaled gradients, in the precision of `lanes`."""
     fmt = row[GRADIENT_FORMAT]
     lanes[:] = 0
+    width = 4 if fmt == FP32 else 2
     for start in range(0, row[COUNT], SPAN):
         n = min(SPAN, row[COUNT] - start)
+        if start * width % PAGE == 0:
+            for ahead in range(PAGE, PAGE + AHEAD, 64):
+                prefetch(row[GRADIENT] + start * width + ahead)
         if fmt == FP32:
             full = carray(pointer(row[GRADIENT] + start * 4), (SPAN,), np.float32)
             _add_squares(n, full, factor, lanes)
@@ -78,7 +82,7 @@ def square_sums(table: Any, factor: Any, out: Any) -> None:
     they are summed again in fp64, which holds the square of every fp32 number.
 
     Args:
-        table: As in `sweep`.
+        table: int64 [chunks, NUM_COLUMNS], as `machine_rows` says.
         factor: What the gradients are multiplied by first, fp32.
         out: fp64 [chunks], written.
     """
@@ -106,26 +110,68 @@ def _any_special(words: Any, fmt: int) -> bool:
 
 
 @njit(**_COMPILE)  # type: ignore[untyped-decorator]
+def _any_special_of_four(a: Any, b: Any, c: Any, d: Any, fmt: int) -> bool:
+    """`_any_special` of four equally long arrays of words side by side."""
+    exponents, unit = _EXPONENTS[fmt], _UNITS[fmt]
+    carried = np.int64(0)
+    for i in range(len(a)):
+        left = ((a[i] & exponents) + unit) | ((b[i] & exponents) + unit)
+        carried |= left | ((c[i] & exponents) + unit) | ((d[i] & exponents) + unit)
+    return bool((carried & _SIGNS[fmt]) != 0)
+
+
+@njit(**_COMPILE)  # type: ignore[untyped-decorator]
+def _words(address: int, n: int) -> Any:
+    """Return memory as words of 64 bits."""
+    return carray(pointer(address), (n,), np.int64)
+
+
+@njit(**_COMPILE)  # type: ignore[untyped-decorator]
+def _nonfinite(fmt: int, address: int, count: int) -> bool:
+    """Say of `count` gradients whether they hold an infinity or NaN.
+
+    Four streams are read side by side, a quarter each: one alone keeps too few lines of
+    memory on their way (4.0 instead of 5.9 ms for 50 million gradients, one core).
+    """
+    length = count * (4 if fmt == FP32 else 2)
+    quarter = length // 32
+    found = False
+    for page in range(0, quarter, PAGE // 8):
+        n = min(PAGE // 8, quarter - page)
+        first = address + page * 8
+        second, third = first + quarter * 8, first + quarter * 16
+        fourth = first + quarter * 24
+        for ahead in range(PAGE, PAGE + AHEAD, 64):
+            prefetch(first + ahead)
+            prefetch(second + ahead)
+            prefetch(third + ahead)
+            prefetch(fourth + ahead)
+        found |= _any_special_of_four(
+            _words(first, n),
+            _words(second, n),
+            _words(third, n),
+            _words(fourth, n),
+            fmt,
+        )
+    rest = address + quarter * 32
+    num_words = length // 8 - quarter * 4
+    found |= _any_special(_words(rest, num_words), fmt)
+    last = rest + num_words * 8
+    if fmt == FP32:
+        found |= _any_special(carray(pointer(last), (count % 2,), np.int32), fmt)
+    else:
+        found |= _any_special(carray(pointer(last), (count % 4,), np.int16), fmt)
+    return found
+
+
+@njit(**_COMPILE)  # type: ignore[untyped-decorator]
 def nonfinite(table: Any, out: Any) -> None:
     """Say of each chunk whether its gradients hold an infinity or NaN.
 
     Args:
-        table: As in `sweep`.
+        table: int64 [chunks, NUM_COLUMNS], as `machine_rows` says.
         out: bool [chunks], written.
     """
     for c in range(table.shape[0] - 1, -1, -1):
         row = table[c]
-        fmt, address, count = row[GRADIENT_FORMAT], row[GRADIENT], row[COUNT]
-        length = count * (4 if fmt == FP32 else 2)
-        words = carray(pointer(address), (length // 8,), np.int64)
-        found = False
-        for page in range(0, len(words), PAGE // 8):
-            for ahead in range(PAGE, PAGE + AHEAD, 64):
-                prefetch(address + page * 8 + ahead)
-            found |= _any_special(words[page : page + PAGE // 8], fmt)
-        rest = address + length // 8 * 8
-        if fmt == FP32:
-            last = _any_special(carray(pointer(rest), (count % 2,), np.int32), fmt)
-        else:
-            last = _any_special(carray(pointer(rest), (count % 4,), np.int16), fmt)
-        out[c] = found or last
+        out[c] = _nonfinite(row[GRADIENT_FORMAT], row[GRADIENT], row[COUNT])

@@ -1,6 +1,6 @@
 """Lays parameters out as a table of addresses, and runs machine code over it.
 
-A chunk is 64 Ki elements of one parameter. Chunks are shared out among as many threads
+A chunk is 256 Ki elements of one parameter. Chunks are shared out among as many threads
 as torch uses (`machine_jobs`). Sums are added up in the order of the chunks, so that
 the number of threads changes no bit.
 """
@@ -22,8 +22,8 @@ from castwise.optim.swept import Sweeper, Swept
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-CHUNK = 256 * BLOCK
-_WORTH_THREADS = 16 * CHUNK  # below it, sharing costs more than it saves
+CHUNK = 1024 * BLOCK
+_WORTH_THREADS = 4 * CHUNK  # below it, sharing costs more than it saves
 
 _RULES = {"adamw_": rows.ADAMW, "sgd_": rows.SGD, "lion_": rows.LION}
 _FORMATS = {
