@@ -21,8 +21,7 @@ If candidate and reference agree in every bit, nothing was compared, and that fa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -33,37 +32,21 @@ from castwise.errors import SettingsError, TargetError
 from castwise.formats import FORMATS
 from castwise.islands import AppliedPolicy, apply_policy, module_facts
 from castwise.loss_scale import loss_scale_of
-from castwise.numerics.call_site import is_below
 from castwise.numerics.error import (
     DEFAULT_K,
     MOST_TOLERATED,
     TOLERATED_ROUNDINGS,
-    Measures,
     NoiseRule,
     default_tolerance,
-    loss_drift,
-    measure,
 )
 from castwise.numerics.over_ranks import all_say, refuse_nobody
 from castwise.numerics.target import Batch, LossFn, checked_batches
 from castwise.numerics.untouched import untouched
-from castwise.numerics.validate.module_runs import (
-    ModuleMeasures,
-    ModuleRun,
-    measure_modules,
-)
-from castwise.numerics.validate.operators_on_trial import (
-    OperatorError,
-    ReferenceOperators,
-    joined,
-)
+from castwise.numerics.validate.module_runs import ModuleRun
+from castwise.numerics.validate.operators_on_trial import ReferenceOperators
+from castwise.numerics.validate.tally import Share, Tally, whole_of
 from castwise.numerics.validate.three_runs import BaselineRun, CandidateRun, WideRun
-from castwise.numerics.validate.verdicts import (
-    Judged,
-    ModuleVerdict,
-    Validation,
-    excess_of,
-)
+from castwise.numerics.validate.verdicts import Judged, ModuleVerdict, Validation
 from castwise.policy.rules import Policy
 from castwise.region import Region
 
@@ -138,9 +121,9 @@ def validate(
                 Region.of(policy, phase, (applied,)),
                 loss_scale_of(policy.decide_loss_scale().value).scale,
             )
-            tally = _Tally(model, fmt, rule)
+            tally = Tally(model, fmt, rule)
 
-            def measured() -> _Share:
+            def measured() -> Share:
                 for seed in seeds:
                     for batch in checked:
                         tries = operators and tally.is_empty
@@ -150,9 +133,9 @@ def validate(
                         tally.add(right, got, baseline.run(batch, seed))
                         if operators and tally.is_news and not tries:
                             _run_both(exact, candidate, batch, seed, tries=True)
-                return _Share.of(tally, candidate, exact, len(checked))
+                return Share.of(tally, candidate, exact, len(checked))
 
-            share = _whole(all_say(measured, together=over_ranks))
+            share = whole_of(all_say(measured, together=over_ranks))
             tally, tried = share.tally, share.operators
             modules = tally.verdicts(applied, tried)
         finally:
@@ -221,191 +204,3 @@ def narrowest_format(applied: AppliedPolicy) -> str:
         if buffer is not None and buffer.dtype in DTYPES.values()
     }
     return max(found, key=lambda name: FORMATS[name].eps)
-
-
-class _Tally:
-    """The worst of everything, over batches and seeds."""
-
-    def __init__(self, model: nn.Module, fmt: str, rule: NoiseRule) -> None:
-        self._kinds = {fqn: type(m).__name__ for fqn, m in model.named_modules()}
-        self._fmt, self._rule = fmt, rule
-        self._off: set[str] = set()
-        self.is_news = False
-        """Whether the latest batch put a module off that none did before."""
-        self._whole: dict[str, Measures] = {}
-        self._floor: dict[str, Measures] = {}
-        self._modules: dict[str, ModuleMeasures] = {}
-        self._module_floors: dict[str, ModuleMeasures] = {}
-        self.drift = self.drift_floor = 0.0
-
-    def add(
-        self, right: ModuleRun, got: ModuleRun, baselines: Sequence[ModuleRun]
-    ) -> None:
-        """Measure one batch and seed."""
-        fqns = list(self._kinds)
-        for name, result in _results_of(got, right, self._fmt).items():
-            _keep_worst(self._whole, name, result)
-        for fqn, found in measure_modules(got, right, fqns, self._fmt).items():
-            _keep_worst(self._modules, fqn, found)
-        self.drift = max(self.drift, loss_drift(got.outcome.loss, right.outcome.loss))
-        for each in baselines:
-            for name, result in _results_of(each, right, self._fmt).items():
-                _keep_worst(self._floor, name, result)
-            for fqn, found in measure_modules(each, right, fqns, self._fmt).items():
-                _keep_worst(self._module_floors, fqn, found)
-            drift = loss_drift(each.outcome.loss, right.outcome.loss)
-            self.drift_floor = max(self.drift_floor, drift)
-        off = {
-            fqn
-            for fqn, found in self._modules.items()
-            if excess_of(found, self._module_floors[fqn], self._rule) > 1
-        }
-        self.is_news = not off <= self._off
-        self._off |= off
-
-    def join(self, other: _Tally) -> None:
-        """Take in what another process found."""
-        for kept, found in (
-            (self._whole, other._whole),
-            (self._floor, other._floor),
-            (self._modules, other._modules),
-            (self._module_floors, other._module_floors),
-        ):
-            for name, measures in found.items():
-                _keep_worst(kept, name, measures)
-        self.drift = max(self.drift, other.drift)
-        self.drift_floor = max(self.drift_floor, other.drift_floor)
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing was added so far."""
-        return not self._whole
-
-    @property
-    def compared(self) -> bool:
-        """Whether anything differs at all.
-
-        Gradients of inputs always differ from wide ones: they land in narrow leaves.
-        """
-        computed = {n: m for n, m in self._whole.items() if n != "input gradients"}
-        counted = computed if len(computed) > 1 else self._whole
-        return any(m.relative or m.nonfinite for m in counted.values())
-
-    def results(self) -> tuple[Judged, ...]:
-        """Output and gradients beside their floors."""
-        return tuple(
-            Judged(name=name, measures=found, floor=self._floor[name], rule=self._rule)
-            for name, found in self._whole.items()
-        )
-
-    def verdicts(
-        self,
-        applied: AppliedPolicy,
-        operators: Sequence[OperatorError],
-    ) -> tuple[ModuleVerdict, ...]:
-        """Each module, and whose fault it is where one is off."""
-        guilty = [each for each in operators if not each.holds(self._rule)]
-        return tuple(
-            _verdict(
-                fqn,
-                self._kinds[fqn],
-                applied,
-                (found, self._module_floors[fqn]),
-                self._rule,
-                guilty,
-            )
-            for fqn, found in self._modules.items()
-        )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Share:
-    """What one process adds to a validation, or all of them together."""
-
-    tally: _Tally
-    operators: tuple[OperatorError, ...]
-    untried: tuple[str, ...]
-    lifted: tuple[str, ...]
-    scale: float
-    num_batches: int
-
-    @classmethod
-    def of(
-        cls, tally: _Tally, candidate: CandidateRun, exact: WideRun, num_batches: int
-    ) -> _Share:
-        return cls(
-            tally=tally,
-            operators=candidate.operators,
-            untried=tuple(candidate.untried),
-            lifted=exact.lifted,
-            scale=candidate.scale,
-            num_batches=num_batches,
-        )
-
-
-def _whole(shares: Sequence[_Share]) -> _Share:
-    """The worst of all shares; of loss scales the lowest."""
-    first, *others = shares
-    for each in others:
-        first.tally.join(each.tally)
-    return replace(
-        first,
-        operators=joined(each for share in shares for each in share.operators),
-        untried=tuple(dict.fromkeys(n for share in shares for n in share.untried)),
-        lifted=tuple(dict.fromkeys(n for share in shares for n in share.lifted)),
-        scale=min(share.scale for share in shares),
-        num_batches=sum(share.num_batches for share in shares),
-    )
-
-
-def _verdict(
-    fqn: str,
-    kind: str,
-    applied: AppliedPolicy,
-    measures: tuple[ModuleMeasures, ModuleMeasures],
-    rule: NoiseRule,
-    guilty: Sequence[OperatorError],
-) -> ModuleVerdict:
-    found, floor = measures
-    plain = ModuleVerdict(
-        module=fqn,
-        kind=kind,
-        compute=applied.bound.precision_of(fqn, phase=applied.phase).compute or "",
-        measures=found,
-        floor=floor,
-        state="holds",
-    )
-    if plain.excess(rule) <= 1:
-        return plain
-    own = [each for each in guilty if is_below(each.module, fqn)]
-    worst = max(own, key=lambda each: each.error, default=None)
-    return replace(
-        plain,
-        state="own" if own else "inherited",
-        blamed=None if worst is None else str(worst),
-    )
-
-
-def _results_of(got: ModuleRun, right: ModuleRun, fmt: str) -> dict[str, Measures]:
-    """Output and gradients of one run, measured as far as the reference has them."""
-    pairs: dict[str, tuple[Any, Any]] = {
-        "output": (got.outcome.output, right.outcome.output),
-        "weight gradients": _common(got.outcome.gradients, right.outcome.gradients),
-        "input gradients": (got.outcome.input_gradients, right.outcome.input_gradients),
-    }
-    return {name: measure(*pair, fmt) for name, pair in pairs.items() if pair[1]}
-
-
-def _common(
-    got: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Gradients by name; one that the candidate lacks counts as zero."""
-    names = sorted(right)
-    missing = {n: torch.zeros_like(right[n]) for n in names if n not in got}
-    return {n: got.get(n, missing.get(n, right[n])) for n in names}, {
-        n: right[n] for n in names
-    }
-
-
-def _keep_worst(kept: dict[str, Any], name: str, found: Any) -> None:
-    kept[name] = kept[name].worst(found) if name in kept else found
