@@ -92,8 +92,7 @@ def diagonal(chain: Chain, *, wide: bool) -> Tensor:
     else:
         starred = _star_fits(chain)
         out = _star_inverses(chain, wide)[0] if starred else _plain(chain, wide)
-        # a sum is not finite where an entry is not
-        broken = _any(~torch.isfinite(torch.view_as_real(out.sum(-1))).all(-1))
+        broken = _not_finite(out)
     if broken is not None:
         for row in broken_rows(chain, broken):
             a_row, k_row = chain.row(row)
@@ -123,15 +122,23 @@ def gradient(chain: Chain, upstream: Tensor, *, wide: bool, need_k: bool) -> Gra
         starred = _star_fits(chain)
         run = _star_gradient if starred else _plain_gradient
         result = run(chain, upstream, wide, need_k)
-        broken = _any(~torch.isfinite(torch.view_as_real(result.point)).all(-1))
+        broken = _not_finite(result.point[:, None])
     if broken is not None:
         _repair(chain, upstream, result, broken)
     return result
 
 
-def _any(broken: Tensor) -> Tensor | None:
-    """Return the marks of broken rows if there are any."""
-    return broken if broken.any() else None
+def _not_finite(entries: Tensor) -> Tensor | None:
+    """Mark the rows with an entry that is not finite, if any: nor is their sum."""
+    if entries.device.type == "cpu":
+        return _marked(~np.isfinite(entries.numpy().sum(-1)))
+    marks = ~torch.isfinite(torch.view_as_real(entries.sum(-1))).all(-1)
+    return marks if marks.any() else None
+
+
+def _marked(bad: Any) -> Tensor | None:
+    """Return the marks of broken rows if there are any; asking NumPy is cheaper."""
+    return torch.from_numpy(bad) if bad.any() else None
 
 
 def _in_numpy(chain: Chain) -> bool:
@@ -171,13 +178,15 @@ def _plain_gradient(
         return adjoint(chain, inverse, inverse, inverse, upstream, need_k=need_k)
     if _in_numpy(chain):
         a, k = _arrays(chain, wide)
-        along = np.conj(upstream.resolve_conj().numpy()).astype(a.dtype)
-        found = odd_even_numpy.diagonal_along(a, k, along, bonds=need_k)
-        site, bond = map(torch.from_numpy, found)
-    else:
-        start = chain.a(wide)
-        turned = upstream.conj().to(start.dtype).resolve_conj()
-        _, site, bond = diagonal_along(start, chain.k.to(start.dtype), turned)
+        along = np.conjugate(upstream.resolve_conj().numpy().astype(a.dtype))
+        by_a, by_h = odd_even_numpy.diagonal_along(a, k, along, bonds=need_k)
+        point = torch.from_numpy(-by_a.sum(-1))
+        bond = torch.from_numpy(-by_h) if need_k else None
+        site = torch.from_numpy(by_a if chain.d.is_complex() else by_a.real)
+        return Gradient(site, bond, point)
+    start = chain.a(wide)
+    turned = upstream.conj().to(start.dtype).resolve_conj()
+    _, site, bond = diagonal_along(start, chain.k.to(start.dtype), turned)
     return Gradient(site, -bond if need_k else None, -site.sum(-1))
 
 
@@ -336,11 +345,6 @@ def _kernel_forward(chain: Chain, wide: bool) -> tuple[Tensor, Tensor | None]:
     compiled().forward(*inputs, out.data_ptr())
     del held
     return out, _marked(inputs[-1])
-
-
-def _marked(bad: Any) -> Tensor | None:
-    """Return the marks of a kernel if there are any; asking NumPy is cheaper."""
-    return torch.from_numpy(bad) if bad.any() else None
 
 
 def _kernel_backward(
