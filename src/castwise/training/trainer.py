@@ -411,11 +411,9 @@ class Trainer:
         values: dict[str, Any] = {
             name: getattr(outcome, name, None) for name in all_names
         }
-        ranks = self._strategy.ranks
-        if ranks.num_ranks > 1:  # all skip; whoever saw why in its own rows tells it
-            own: dict[str, Any] | None = {**values, "rank": ranks.rank}
-            told = first_proposal(None if values["stage"] is None else own)
-            values = told or values
+        rank = getattr(outcome, "rank", None)
+        if rank is not None:  # all skip, and all know whose rows it was
+            values["rank"] = rank
         self._journal.write("skip", step + 1, values)
         self._display.note(f"step {step + 1} skipped: {values['because']}")
 
