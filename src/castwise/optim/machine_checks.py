@@ -161,7 +161,7 @@ def _nonfinite(fmt: int, address: int, count: int) -> bool:
         found |= _any_special(carray(pointer(last), (count % 2,), np.int32), fmt)
     else:
         found |= _any_special(carray(pointer(last), (count % 4,), np.int16), fmt)
-    return found
+    return bool(found)
 
 
 @njit(**_COMPILE)  # type: ignore[untyped-decorator]
