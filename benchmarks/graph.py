@@ -1,12 +1,13 @@
 """Plans against torch.autocast: casts, bytes cast, saved bytes, errors, times.
 
-Four models train one step each under `torch.autocast`, under castwise's operator table,
-and by a plan, all in one process:
+Models and recipes train one step each under `torch.autocast`, under castwise's operator
+table, and by a plan, all in one process:
 
     lm      pre-norm transformer with fused attention, an embedding and a head
     llama   RMS norms by hand, rotary positions, gated layers
     vit     patches by a convolution, learned positions, a class token
     conv    convolutions, batch norms, squeeze and excitation
+    kenken, resolvent, soliton    the recipes, in the size that they train in
 
 Counted below autograd, forward and backward: casts between formats and the bytes they
 read and write; the bytes that autograd keeps for the backward, by storage, weights left
@@ -43,14 +44,27 @@ import graph_random
 import torch
 import torch.nn.functional as F  # noqa: N812 -- its name everywhere
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 import castwise as cw
 from castwise.graph import gradient_flow, measure
 from castwise.graph.capture import PlanningBackend
 from castwise.graph.gradients import GradientCounter
+from castwise.graph.regions import widened
 from castwise.graph.settings import Surroundings
+from castwise.recipes.kenken.dry_run import largest_batches
+from castwise.recipes.kenken.model import (
+    KenKenModel,
+    completion_loss,
+    model_settings,
+)
+from castwise.recipes.kenken.settings import settings_of
+from castwise.recipes.resolvent_lm.model import build_model as resolvent_lm
+from castwise.recipes.resolvent_lm.settings import ResolventSettings
+from castwise.recipes.soliton_lm.model import build_model as soliton_lm
+from castwise.recipes.soliton_lm.settings import SolitonSettings
 
-Run = Callable[[Any], Tensor]
+Run = Callable[..., Any]
 
 
 class Block(nn.Module):
@@ -239,27 +253,48 @@ def build(name: str, num_layers: int = 2) -> nn.Module:
         "llama": lambda: Llama(101, 256, num_layers),
         "vit": lambda: ImageTransformer(192, num_layers),
         "conv": lambda: ConvNet(32, num_layers),
+        "kenken": lambda: KenKenModel(model_settings("small")),
+        "resolvent": lambda: resolvent_lm(ResolventSettings(), 101, 128),
+        "soliton": lambda: soliton_lm(SolitonSettings(), 101, 128),
     }
     return makers[name]()
 
 
 MODELS = ("lm", "llama", "vit", "conv")
+RECIPES = ("kenken", "resolvent", "soliton")
 
 
-def batch_of(name: str, size: int = 8, length: int = 128) -> Tensor:
-    """A batch for a model."""
+def batch_of(name: str, size: int = 8, length: int = 128) -> tuple[Any, ...]:
+    """A batch for a model: its inputs and, last, the target."""
     draws = torch.Generator().manual_seed(1)
+    if name == "kenken":
+        drawn = largest_batches(settings_of("small", {}))
+        batch = drawn[max(drawn)]
+        return batch.tokens, batch.alphabet, batch.relations, batch
     if name in {"lm", "llama"}:
-        return torch.randint(101, (size, length), generator=draws)
-    return torch.randn(size, 3, 32, 32, generator=draws)
+        return torch.randint(101, (size, length), generator=draws), None
+    if name in RECIPES:
+        tokens = torch.randint(101, (size, length + 1), generator=draws)
+        return tokens[:, :-1], tokens[:, 1:], None
+    return torch.randn(size, 3, 32, 32, generator=draws), None
+
+
+def loss_of(name: str) -> Callable[[Any, Any], Tensor]:
+    """From the output of a model and the target to a loss; most return one."""
+    return completion_loss if name == "kenken" else lambda loss, _: loss
+
+
+def moved(batch: tuple[Any, ...], device: str) -> tuple[Any, ...]:
+    """A batch on a device."""
+    return tree_map(lambda t: t.to(device) if hasattr(t, "to") else t, batch)
 
 
 def torch_run(model: nn.Module) -> Run:
     """What plans are compared with."""
 
-    def run(x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, torch.bfloat16):
-            return model(x)
+    def run(*inputs: Any) -> Tensor:
+        with torch.autocast(inputs[0].device.type, torch.bfloat16):
+            return widened(model(*inputs))
 
     return run
 
@@ -267,8 +302,8 @@ def torch_run(model: nn.Module) -> Run:
 def count(name: str, device: str) -> dict[str, Any]:
     """Casts, bytes and errors of one model under each way to run it."""
     torch.compiler.reset()
-    model, x = build(name).to(device), batch_of(name).to(device)
-    found = measure(model, (x, None), lambda loss, _: loss)
+    model, batch = build(name).to(device), moved(batch_of(name), device)
+    found = measure(model, batch, loss_of(name))
     rival = found.torch_autocast
     assert rival is not None
     ways = {
@@ -289,7 +324,9 @@ def count(name: str, device: str) -> dict[str, Any]:
 
 def times(name: str, inner: str, num_turns: int, device: str) -> dict[str, float]:
     """Step times in turns: torch.autocast, compiled or not, against the plan."""
-    model, x = build(name, 4).to(device), batch_of(name, 4).to(device)
+    num_layers = 2 if inner == "inductor" else 4  # what takes long is to compile
+    model = build(name, num_layers).to(device)
+    batch, loss_fn = moved(batch_of(name, 4), device), loss_of(name)
     steps = {}
     for way in ("torch.autocast", "torch.autocast again", "plan"):
         fresh = copy.deepcopy(model)
@@ -303,7 +340,7 @@ def times(name: str, inner: str, num_turns: int, device: str) -> dict[str, float
         for way in list(steps)[:: 1 - turn % 2 * 2]:
             run, optimizer = steps[way]
             start = time.process_time()
-            run(x).backward()
+            loss_fn(run(*batch[:-1]), batch[-1]).backward()
             optimizer.step()
             optimizer.zero_grad()
             if turn >= 3:
@@ -327,7 +364,7 @@ def times(name: str, inner: str, num_turns: int, device: str) -> dict[str, float
 
 def planning(name: str, num_layers: int) -> dict[str, float]:
     """Seconds to capture a deep model, and to plan it."""
-    model, x = build(name, num_layers), batch_of(name, 1, 16)
+    model, x = build(name, num_layers), batch_of(name, 1, 16)[0]
     torch.compiler.reset()
     spent = {"planning": 0.0}
     backend = PlanningBackend(
@@ -353,16 +390,16 @@ def recompilations() -> dict[str, int]:
         torch.compiler.reset()
         model = build("llama")
         compiled = cw.compile(model, "bf16-mixed", inner="eager", dynamic=True)
-        compiled(batch_of("llama")).backward()
+        compiled(batch_of("llama")[0]).backward()
         if what.startswith("phase"):
             compiled.enter_phase("warmup")
-            compiled(batch_of("llama")).backward()
+            compiled(batch_of("llama")[0]).backward()
         before = compiled.num_captured
         for turn in range(1, 5):
             if what.startswith("phase"):
                 compiled.enter_phase(("full", "warmup")[turn % 2])
             size = 8 - turn if what == "batch size" else 8
-            loss = compiled(batch_of("llama", size))
+            loss = compiled(batch_of("llama", size)[0])
             if what == "loss scale":
                 loss.backward(gradient=torch.tensor(2.0**turn))
             else:
@@ -377,7 +414,7 @@ def recompilations() -> dict[str, int]:
 
 def gradient_flows(name: str, num_turns: int) -> dict[str, Any]:
     """The gradients of one batch, and what counting them costs beside a plain step."""
-    model, x = build(name), batch_of(name)
+    model, x = build(name), batch_of(name)[0]
     torch.compiler.reset()
     flow = gradient_flow(model, (x, None), lambda loss, _: loss)
     runs = {"sampled": 4096, "counted whole": None}
@@ -413,7 +450,8 @@ def gradient_flows(name: str, num_turns: int) -> dict[str, Any]:
 def main() -> int:
     """Measure, print, and write the record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="*", default=list(MODELS), choices=MODELS)
+    every = (*MODELS, *RECIPES)
+    parser.add_argument("--models", nargs="*", default=list(every), choices=every)
     parser.add_argument("--times", choices=("eager", "aot_eager", "inductor"))
     parser.add_argument("--turns", type=int, default=21)
     parser.add_argument("--planning", action="store_true")
@@ -462,15 +500,19 @@ def measured(settings: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     if settings.recompilations:
         return "recompilations", recompilations()
     if settings.gradients:
-        flows = {m: gradient_flows(m, settings.turns) for m in settings.models}
+        plain = [name for name in settings.models if name in MODELS]
+        flows = {name: gradient_flows(name, settings.turns) for name in plain}
         return "gradient flow", flows
     if settings.planning:
         names = ("lm", "llama")
         return "planning", {name: planning(name, settings.layers) for name in names}
     if settings.times:
+        names = settings.models
+        if settings.times == "inductor":  # the recipes take minutes each to compile
+            names = [name for name in names if name in MODELS]
         rows = {
             name: times(name, settings.times, settings.turns, settings.device)
-            for name in settings.models
+            for name in names
         }
         return f"times, {settings.times}", rows
     return "counts", {name: count(name, settings.device) for name in settings.models}

@@ -296,6 +296,7 @@ class Constants(nn.Module):
         h = self.a(x)
         scale = torch.tensor([1.5, -0.5] * (WIDTH // 2), dtype=x.dtype)
         h = h * scale + torch.ones_like(h) * 0.1 + h.new_full((WIDTH,), 0.2)
+        h = h + torch.arange(WIDTH) / 7
         return (
             torch.where(h > 0, h, torch.zeros((), dtype=x.dtype))
             + torch.arange(WIDTH, dtype=x.dtype).cos()

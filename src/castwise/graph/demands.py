@@ -229,6 +229,8 @@ class _Collected:
         sources = list(self._problem.inputs(node))
         sized = [source for source in sources if has_dimensions(source)]
         deciding = sized or sources  # numbers without dimensions widen nothing
+        if not deciding:
+            return  # it makes floats out of whole numbers
         others = [source for source in deciding if self._held(source) != wanted]
         if wanted.itemsize == 4 and len(others) < len(deciding):
             narrow = [s for s in others if self._held(s).itemsize < 4]

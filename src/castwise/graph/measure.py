@@ -22,6 +22,8 @@ import torch
 from castwise.autocast import autocast
 from castwise.errors import ContractError
 from castwise.graph.compiled import compile as compile_by_plan
+from castwise.graph.regions import widened
+from castwise.graph.values import tensors_of
 from castwise.numerics.census import observe
 from castwise.numerics.error import relative_error
 from castwise.numerics.target import checked_batches, checked_loss
@@ -217,7 +219,7 @@ class _Bench:
     def _saved(self, model: nn.Module, run: Callable[..., Any]) -> int:
         """Bytes that autograd keeps, each storage once, weights and inputs left out."""
         outside = [*model.parameters(), *model.buffers(), *self._batch]
-        own = {_address(each) for each in outside if isinstance(each, torch.Tensor)}
+        own = set(map(_address, tensors_of(outside)))
         sizes: dict[int, int] = {}
         held: list[torch.Tensor] = []  # so that no address is used again meanwhile
 
@@ -234,9 +236,11 @@ class _Bench:
 
 
 def _within(model: nn.Module, region: Callable[[], Any]) -> Callable[..., Any]:
+    """A model in a region; its loss is in fp32, as it is beside a plan."""
+
     def run(*args: Any) -> Any:
         with region():
-            return model(*args)
+            return widened(model(*args))
 
     return run
 
@@ -249,6 +253,8 @@ def _widened(value: Any) -> Any:
     """Floating tensors of a batch in float64."""
     if isinstance(value, torch.Tensor):
         return value.double() if value.is_floating_point() else value
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(_widened, value))
     if isinstance(value, (list, tuple)):
         return type(value)(map(_widened, value))
     if isinstance(value, dict):
