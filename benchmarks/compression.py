@@ -168,7 +168,7 @@ def replicated(way: str, model: nn.Module, run: cw.Run) -> DistributedDataParall
             start_powerSGD_iter=START,
             min_compression_rate=2,
         )
-        ddp.register_comm_hook(state, _waited_for)
+        ddp.register_comm_hook(state, lambda s, bucket: _waited_for(s, bucket))  # noqa: PLW0108 -- DDP reads annotations, and refuses postponed ones
     return ddp
 
 
@@ -362,6 +362,12 @@ def main() -> None:
     ]
     for each in ranks:
         each.start()
+    while out.empty():  # a rank that fails leaves the other one waiting
+        if any(each.exitcode for each in ranks):
+            for each in ranks:
+                each.kill()
+            sys.exit(1)
+        time.sleep(0.1)
     found = out.get()
     for each in ranks:
         each.join()
