@@ -146,7 +146,7 @@ def _sweep(optimizer: SweepOptimizer) -> None:
     """Make what a sweep makes."""
     swept = optimizer._swept()  # noqa: SLF001 -- copies of gradients are made here
     if swept and optimizer.backend_for(swept[0].weight.device).value == "twin":
-        optimizer._advance(swept, 1.0)  # noqa: SLF001 -- the readable twin makes its own
+        optimizer._advance(optimizer._sweepers(swept), 1.0)  # noqa: SLF001 -- the readable twin makes its own
 
 
 def _parameters(optimizer: Any) -> list[nn.Parameter]:

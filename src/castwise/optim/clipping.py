@@ -261,8 +261,10 @@ def _norms(values: Sequence[torch.Tensor]) -> list[Sequence[torch.Tensor]]:
 
 def _is_for_machine_code(values: torch.Tensor) -> bool:
     """Return whether machine code sums these numbers, and torch is slow at it."""
+    if type(values) is not torch.Tensor or values.device.type != "cpu":
+        return False  # a fake tensor lies nowhere
     narrow = values.dtype in (torch.bfloat16, torch.float16)
-    return narrow and values.device.type == "cpu" and values.is_contiguous()
+    return narrow and values.is_contiguous()
 
 
 def _norm_of_norms(norms: Iterable[Sequence[torch.Tensor]]) -> float:
