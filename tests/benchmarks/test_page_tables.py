@@ -13,7 +13,7 @@ RECORDS = Path(__file__).parents[2] / "docs" / "accepted"
 
 
 @pytest.mark.parametrize(
-    "name", ["saves", "recompute", "estimate", "static_scale", "kernels"]
+    "name", ["saves", "recompute", "estimate", "static_scale", "fused_kernels"]
 )
 def test_a_page_says_what_the_record_says(name: str) -> None:
     """Whoever changes one of the two changes both."""

@@ -11,8 +11,8 @@ time of one thread; ratios are of neighbouring turns, medians with quartiles, an
 stands beside itself once more to show what they mean. Errors are relative, against the
 float64 original: of outputs and of all gradients, and of the clipped gradients.
 
-    python benchmarks/kernels.py --json docs/accepted/kernels.json --page
-    python benchmarks/kernels.py --turns 3 --rows 64 --dim 63
+    python benchmarks/fused_kernels.py --json docs/accepted/fused_kernels.json --page
+    python benchmarks/fused_kernels.py --turns 3 --rows 64 --dim 63
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ def main() -> None:
     if args.json is not None:
         args.json.write_text(json.dumps(record, indent=1) + "\n")
     if args.page:
-        PAGE.write_text(filled(PAGE.read_text(), {"kernels": table(record)}))
+        PAGE.write_text(filled(PAGE.read_text(), {"fused_kernels": table(record)}))
 
 
 if __name__ == "__main__":
