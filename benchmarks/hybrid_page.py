@@ -120,11 +120,12 @@ def _controls(benches: Mapping[str, Any]) -> str:
         for plain in bench["controls"]:
             control = Control(
                 name=plain["name"],
-                value=_number(plain["value"], math.nan),
+                value=_number(plain["value"], math.inf),
                 least=_number(plain["least"], -math.inf),
                 most=_number(plain["most"], math.inf),
             )
-            found = f"{control.value:.3g}"
+            is_finite = math.isfinite(control.value)
+            found = f"{control.value:.3g}" if is_finite else "not reached"
             rows.append([name, control.name, found, control.wanted, control.word])
     columns = ["bench", "control", "found", "wanted", ""]
     return markdown(columns, rows) if rows else ""

@@ -207,7 +207,7 @@ class Curve(WholeBatch):
 class Minibatch(Problem):
     """A perceptron on 1,000 samples of a teacher, in batches of 64."""
 
-    rates: Sequence[float] = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
+    rates: Sequence[float] = (8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 0.128)
     decays = (0, 400)
     max_steps = 2000
     evaluate_every = 20

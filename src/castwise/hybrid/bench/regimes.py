@@ -35,7 +35,7 @@ class FullBatch(Softmax):
 class LargeBatch(Minibatch):
     """A perceptron in batches of 1,024 of 4,096 samples."""
 
-    rates = (4e-3, 8e-3, 1.6e-2, 3.2e-2)
+    rates = (1.6e-2, 3.2e-2, 6.4e-2, 0.128)
     decays = (0, 300)
     num_samples, num_in_batch = 4096, 1024
     max_steps = 600
@@ -46,7 +46,7 @@ class LargeBatch(Minibatch):
 class FineTuning(Problem):
     """A trained perceptron is tuned to a teacher a little off, in batches of 512."""
 
-    rates = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+    rates = (4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
     decays = (0, 200)
     max_steps = 400
     evaluate_every = 5
@@ -97,7 +97,7 @@ class FineTuning(Problem):
 class LateTraining(FineTuning):
     """The end of a run: small steps in batches of 128, down to a loss once halved."""
 
-    rates = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
+    rates = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
     decays = (0, 300)
     max_steps = 500
     evaluate_every = 10
