@@ -26,9 +26,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: one thread a process
 
-import matplotlib as mpl
 import torch
-from matplotlib import pyplot as plt
 from page_tables import filled, markdown
 
 from castwise.checkpoints import CheckpointShelf
@@ -133,6 +131,9 @@ def _goal(found: Mapping[str, Any]) -> float:
 
 def draw(record: Mapping[str, Any], path: Path) -> None:
     """Share solved against steps, by size: the mean of the seeds, and each of them."""
+    import matplotlib as mpl  # noqa: PLC0415 -- pictures alone need it
+    from matplotlib import pyplot as plt  # noqa: PLC0415 -- as above
+
     mpl.use("svg")
     mpl.rcParams["svg.hashsalt"] = "castwise"  # the same picture from the same record
     figure, axes = plt.subplots(figsize=(7, 4.2))

@@ -27,9 +27,7 @@ import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import matplotlib as mpl
 import torch
-from matplotlib import pyplot as plt
 from page_tables import filled, markdown
 from small_lm import (
     LanguageModel,
@@ -127,6 +125,9 @@ def plans(bench: Bench) -> dict[str, Any]:
 
 def draw(rows: dict[str, dict[str, Any]], path: Path) -> None:
     """Bytes against time: what each choice costs."""
+    import matplotlib as mpl  # noqa: PLC0415 -- pictures alone need it
+    from matplotlib import pyplot as plt  # noqa: PLC0415 -- as above
+
     mpl.use("svg")
     figure, axes = plt.subplots(figsize=(7, 4.2))
     kinds = {

@@ -69,6 +69,7 @@ def test_the_same_record_draws_the_same_picture(
     record: dict[str, Any], tmp_path: Path
 ) -> None:
     """A picture in the repository changes only with its record."""
+    pytest.importorskip("matplotlib")
     paths = [tmp_path / name for name in ("a.svg", "b.svg")]
     for path in paths:
         kenken_hour.draw(record, path)

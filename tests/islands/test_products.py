@@ -222,3 +222,16 @@ def test_an_inherited_switch_inherits_again() -> None:
     mkldnn.fp32_precision = "none"
     assert products_now("cpu") == ("none",) * 3
     mkldnn.matmul.fp32_precision = "bf16"
+
+
+def test_frozen_switches_are_held_and_given_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whoever imports torch's own test helpers freezes the switches of the process."""
+    before = mkldnn.matmul.fp32_precision
+    frozen = "__allow_nonbracketed_mutation_flag"
+    monkeypatch.setitem(vars(torch.backends), frozen, False)
+    with ProductsHold("cpu", "tf32"):
+        assert mkldnn.matmul.fp32_precision == "tf32"
+    assert mkldnn.matmul.fp32_precision == before
+    assert not vars(torch.backends)[frozen]

@@ -12,6 +12,7 @@ import torch
 from castwise.errors import SettingsError, WeightStorageError
 from castwise.optim import STORAGES, hold_weights
 from castwise.optim import bites as bites_room
+from castwise.optim.step_hooks import has_step_hooks, only_looks
 
 SHAPES = ((7, 5), (13, 3), (1, 1), (3, 17))
 
@@ -465,3 +466,13 @@ def test_states_of_another_storage_are_refused() -> None:
     hold_weights(other, "kahan")
     with pytest.raises(WeightStorageError, match=r"split\.remainder"):
         other.load_state_dict(one.state_dict())
+
+
+def test_a_hook_that_only_looks_is_nobody_who_acts() -> None:
+    """Kept copies of weights listen to all optimizers; they must not stop releases."""
+    optimizer = torch.optim.SGD([torch.ones(3, requires_grad=True)])
+    looking = optimizer.register_step_post_hook(only_looks(lambda *_: None))
+    assert not has_step_hooks(optimizer)
+    looking.remove()
+    optimizer.register_step_post_hook(lambda *_: None)
+    assert has_step_hooks(optimizer)

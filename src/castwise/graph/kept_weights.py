@@ -25,6 +25,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from castwise.graph.classify import PARAMETER
+from castwise.optim.step_hooks import only_looks
 
 _Copies = dict[torch.dtype, tuple[tuple[int, int, int], torch.Tensor]]
 """Format -> when a copy was made, and the copy."""
@@ -38,6 +39,7 @@ class KeptWeights:
         self._num_updates = 0
         mine = ref(self)
 
+        @only_looks
         def updated(*_: object) -> None:
             kept = mine()
             if kept is not None:

@@ -139,9 +139,12 @@ def _own_values(device_type: str) -> list[str]:
 
 
 def _write(device_type: str, values: list[str]) -> None:
-    for (switch, _), value in zip(_SWITCHES[device_type], values, strict=True):
-        if switch.fp32_precision != value:
-            switch.fp32_precision = value
+    # torch's own test helpers freeze the switches for the process that imports them;
+    # whoever gives them back, as here and in torch's `flags()`, may still write.
+    with _backends.__allow_nonbracketed_mutation():  # noqa: SLF001 -- no public name
+        for (switch, _), value in zip(_SWITCHES[device_type], values, strict=True):
+            if switch.fp32_precision != value:
+                switch.fp32_precision = value
 
 
 class ProductsHold:
