@@ -28,6 +28,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: one thread a proc
 
 import torch
 from page_tables import filled, markdown
+from pictures import picture
 
 from castwise.checkpoints import CheckpointShelf
 from castwise.errors import CheckpointError
@@ -131,33 +132,21 @@ def _goal(found: Mapping[str, Any]) -> float:
 
 def draw(record: Mapping[str, Any], path: Path) -> None:
     """Share solved against steps, by size: the mean of the seeds, and each of them."""
-    import matplotlib as mpl  # noqa: PLC0415 -- pictures alone need it
-    from matplotlib import pyplot as plt  # noqa: PLC0415 -- as above
-
-    mpl.use("svg")
-    mpl.rcParams["svg.hashsalt"] = "castwise"  # the same picture from the same record
-    figure, axes = plt.subplots(figsize=(7, 4.2))
-    for number, size in enumerate(record["runs"][0]["settings"]["sizes"]):
-        courses = [
-            [(point["step"], point[str(size)]) for point in run["growth"]]
-            for run in record["runs"]
-        ]
-        for course in courses:
-            axes.plot(*zip(*course, strict=True), f"C{number}", alpha=0.25, lw=0.8)
-        means = [
-            (points[0][0], fmean(share for _, share in points))
-            for points in zip(*courses, strict=True)
-        ]
-        name = f"{size} x {size}"
-        axes.plot(*zip(*means, strict=True), f"C{number}", marker=".", label=name)
-    axes.set_xlabel("step")
-    axes.set_ylabel("validation puzzles solved from the empty grid")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+    y_label = "validation puzzles solved from the empty grid"
+    with picture(path, "step", y_label) as axes:
+        for number, size in enumerate(record["runs"][0]["settings"]["sizes"]):
+            courses = [
+                [(point["step"], point[str(size)]) for point in run["growth"]]
+                for run in record["runs"]
+            ]
+            for course in courses:
+                axes.plot(*zip(*course, strict=True), f"C{number}", alpha=0.25, lw=0.8)
+            means = [
+                (points[0][0], fmean(share for _, share in points))
+                for points in zip(*courses, strict=True)
+            ]
+            name = f"{size} x {size}"
+            axes.plot(*zip(*means, strict=True), f"C{number}", marker=".", label=name)
 
 
 def table(record: Mapping[str, Any]) -> str:

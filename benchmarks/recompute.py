@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from page_tables import filled, markdown
+from pictures import picture
 from small_lm import (
     LanguageModel,
     draw_tokens,
@@ -125,27 +126,20 @@ def plans(bench: Bench) -> dict[str, Any]:
 
 def draw(rows: dict[str, dict[str, Any]], path: Path) -> None:
     """Bytes against time: what each choice costs."""
-    import matplotlib as mpl  # noqa: PLC0415 -- pictures alone need it
-    from matplotlib import pyplot as plt  # noqa: PLC0415 -- as above
-
-    mpl.use("svg")
-    figure, axes = plt.subplots(figsize=(7, 4.2))
     kinds = {
         "every k": [name for name in rows if name.startswith(("none", "every"))],
         "budget": [n for n in rows if n.startswith("budget") and "fp16" not in n],
         "budget, or saves in fp16": [n for n in rows if "fp16" in n],
         "torch.utils.checkpoint": [n for n in rows if n.startswith("checkpoint")],
     }
-    for (label, names), marker in zip(kinds.items(), "osD*", strict=True):
-        points = sorted((rows[n]["peak_mb"], rows[n]["time_ratio"]) for n in names)
-        axes.plot(*zip(*points, strict=True), marker=marker, label=label, linewidth=1)
-    axes.set_xlabel("peak of activations and gradients, MB")
-    axes.set_ylabel("time of a step over that without recompute")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
+    x_label = "peak of activations and gradients, MB"
+    y_label = "time of a step over that without recompute"
+    with picture(path, x_label, y_label) as axes:
+        for (label, names), marker in zip(kinds.items(), "osD*", strict=True):
+            points = sorted((rows[n]["peak_mb"], rows[n]["time_ratio"]) for n in names)
+            axes.plot(
+                *zip(*points, strict=True), marker=marker, label=label, linewidth=1
+            )
 
 
 COLUMNS = ("way", "peak", "time", "gradients", "blocks recomputed", "stored in fp16")

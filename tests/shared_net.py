@@ -14,7 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import castwise as cw
+from castwise.distributed.replication import replicate
+from castwise.distributed.sharding import shard
+from castwise.islands import apply_policy, module_facts
+from castwise.numerics.contract import Contract, prove
 from castwise.policy import Policy
+from castwise.region import Region
 from tolerances import TOLERANCES
 
 ROWS = torch.linspace(-1, 1, 2 * 3 * 5).reshape(2, 3, 5).sin()
@@ -136,6 +141,25 @@ def whole_run(name: str, clip_norm: float | None = None) -> dict[str, Any]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     run = cw.prepare(model, optimizer, policy, clip_norm=clip_norm)
     return train(model, run, lambda: [loss_of(model(x)) for x in ROWS])
+
+
+def proof_on(
+    rank: int, kind: str, name: str, rows: torch.Tensor = ROWS, recomputed: str = ""
+) -> Contract:
+    """Prove a forward and backward of the model on this rank, sharded or replicated."""
+    model, policy = net(recomputed), policy_of(name)
+    if kind == "fsdp":
+        shard(model, policy)
+    applied = apply_policy(model, policy.bind(module_facts(model)), "cpu")
+    wrapped = replicate(model, policy) if kind == "ddp" else model
+    region = Region.of(policy, "full", (applied,))
+
+    def run() -> None:
+        with region.entered("cpu"):
+            loss = wrapped(rows[rank]).square().mean()
+        loss.backward()
+
+    return prove(run, model, applied, brought=["fp32"])
 
 
 def assert_close(found: dict[str, Any], expected: dict[str, Any], share: float) -> None:

@@ -6,12 +6,9 @@ import pytest
 import torch
 
 import castwise as cw
-from castwise.distributed.replication import replicate
 from castwise.distributed.sharding import shard
-from castwise.islands import apply_policy, module_facts
-from castwise.numerics.contract import contract, prove
-from castwise.region import Region
-from shared_net import ROWS, net, policy_of
+from castwise.numerics.contract import contract
+from shared_net import ROWS, net, policy_of, proof_on
 from two_ranks import TwoRanks
 
 NAME = "bf16-mixed fp32"
@@ -19,19 +16,7 @@ NAME = "bf16-mixed fp32"
 
 def proof(rank: int, kind: str, recomputed: str = "") -> dict[str, Any]:
     """Prove a forward and backward of a wrapped model on this rank."""
-    model, policy = net(recomputed), policy_of(NAME)
-    if kind == "fsdp":
-        shard(model, policy)
-    applied = apply_policy(model, policy.bind(module_facts(model)), "cpu")
-    wrapped = replicate(model, policy) if kind == "ddp" else model
-    region = Region.of(policy, "full", (applied,))
-
-    def run() -> None:
-        with region.entered("cpu"):
-            loss = wrapped(ROWS[rank]).square().mean()
-        loss.backward()
-
-    found = prove(run, model, applied, brought=["fp32"])
+    found = proof_on(rank, kind, NAME, recomputed=recomputed)
     inside, products = found.share_of("delicate"), found.share_of("blocks")
     return {
         "breaches": list(map(str, found.breaches)),

@@ -13,10 +13,15 @@ from castwise.distributed.likeness import watch_ranks
 from castwise.distributed.replication import feedback_of, replicate
 from castwise.distributed.sharding import shard
 from castwise.errors import RanksError
-from castwise.islands import apply_policy, module_facts
-from castwise.numerics.contract import prove
-from castwise.region import Region
-from shared_net import LAST_BITS, assert_close, loss_of, net, policy_of, train
+from shared_net import (
+    LAST_BITS,
+    assert_close,
+    loss_of,
+    net,
+    policy_of,
+    proof_on,
+    train,
+)
 from two_ranks import TwoRanks
 
 ROWS = torch.linspace(-1, 1, 4 * 3 * 5).reshape(4, 3, 5).sin()
@@ -42,19 +47,7 @@ def run_of(kind: str, name: str, rows: list[torch.Tensor]) -> dict[str, Any]:
 
 def breaches(rank: int, kind: str, name: str) -> list[str]:
     """What the contract of this rank says."""
-    model, policy = net(), policy_of(name)
-    if kind == "fsdp":
-        shard(model, policy)
-    applied = apply_policy(model, policy.bind(module_facts(model)), "cpu")
-    wrapped = replicate(model, policy) if kind == "ddp" else model
-    region = Region.of(policy, "full", (applied,))
-
-    def run() -> None:
-        with region.entered("cpu"):
-            loss = wrapped(ROWS[rank]).square().mean()
-        loss.backward()
-
-    return [*map(str, prove(run, model, applied, brought=["fp32"]).breaches)]
+    return [*map(str, proof_on(rank, kind, name, ROWS).breaches)]
 
 
 def played(rank: int, name: str) -> dict[str, Any]:

@@ -45,11 +45,14 @@ class Predictor(ABC):
     """What a proposal takes beside that, per trained number."""
 
     keeps_start: ClassVar[bool] = False
-    """Whether `start_of_window` can be asked."""
+    """Whether `start_of_window` has something to return."""
 
     def start_of_window(self) -> Mapping[str, Tensor]:
-        """Return the weights that this window began at, in fp32; only to read."""
-        raise NotImplementedError(f"{self.name} keeps no start of a window")
+        """Return the weights that this window began at, in fp32; only to read.
+
+        Nothing where none are kept.
+        """
+        return {}
 
     @abstractmethod
     def begin(self, weights: ExactWeights) -> None:

@@ -9,6 +9,7 @@ a message, never 0.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 Health = TypeVar("Health")
 
 
-class LayerProbe(Generic[Health]):
+class LayerProbe(ABC, Generic[Health]):
     """Watches every layer of one kind in a model, every `interval` forwards of each.
 
     Args:
@@ -47,11 +48,11 @@ class LayerProbe(Generic[Health]):
             if isinstance(module, self.kind)
         ]
 
+    @abstractmethod
     def measures(
         self, layer: Any, x: Tensor, out: Tensor
     ) -> Mapping[str, Callable[[], Tensor]]:
         """Return by name how each measure is computed, a number on the device."""
-        raise NotImplementedError
 
     def remove(self) -> None:
         """Take the hooks away."""

@@ -63,14 +63,18 @@ _G, _M, _V, _HIGH, _LOW, _ROOT = range(6)
 _COMPILE: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}
 
 
+# Two names for numba alone: it compiles the overloads below, by the format of weights,
+# wherever compiled code calls them; Python has no call of them to make.
+
+
 def _weight_at(high: Any, low: Any, i: int) -> Any:
     """Return a weight in fp32, from its array or from both pieces (compiled code)."""
-    raise NotImplementedError
+    raise NotImplementedError  # compiled code only
 
 
 def _set_weight(high: Any, low: Any, i: int, weight: Any) -> None:
     """Write a weight to its array or in two pieces (compiled code)."""
-    raise NotImplementedError
+    raise NotImplementedError  # compiled code only
 
 
 @overload(_weight_at, strict=False)

@@ -11,8 +11,8 @@ nothing is to be changed, they are not written at all:
 
     norm = |g| / scale          g *= min(1, max_norm / norm) / scale
 
-Machine code for fp32 and bf16 on a CPU (`gradient_kernel`), fused operators of torch
-elsewhere. Gradients in bf16 are rounded once instead of twice.
+Machine code for fp32 and bf16 on a CPU (`machine_checks`, `gradient_kernel`), fused
+operators of torch elsewhere. Gradients in bf16 are rounded once instead of twice.
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ import numpy as np
 import torch
 
 from castwise.errors import SettingsError
+from castwise.optim import machine_rows as rows
 from castwise.optim.clipping import global_norm
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _ROUNDING_ROOM = 1e-6  # as in torch.nn.utils.clip_grad_norm_
+_FORMATS = {torch.float32: rows.FP32, torch.bfloat16: rows.BF16}
 _GRAIN = 1 << 15  # numbers below which torch itself uses one thread
 
 
@@ -64,10 +66,10 @@ def unscale_and_clip(
     if table is None:
         norm = global_norm(values) / scale
     else:
-        from castwise.optim import gradient_kernel  # noqa: PLC0415 -- numba is imported by those who need it
+        from castwise.optim import gradient_kernel, machine_checks  # noqa: PLC0415 -- numba is imported by those who need it
 
         sums = np.empty(len(table))
-        gradient_kernel.square_sums(table, np.float32(1 / scale), sums)
+        machine_checks.square_sums(table, np.float32(1 / scale), sums)
         norm = math.sqrt(sums.sum())
     if not math.isfinite(norm):
         return norm
@@ -92,12 +94,15 @@ def _table(values: list[torch.Tensor]) -> Any:
         if (
             each.device.type != "cpu"
             or type(each) is not torch.Tensor
-            or each.dtype not in {torch.float32, torch.bfloat16}
+            or each.dtype not in _FORMATS
             or not each.is_contiguous()
             or (threads and each.numel() > _GRAIN)
         ):
             return None
     if not values:
         return None
-    rows = [(v.data_ptr(), v.numel(), v.dtype is torch.bfloat16) for v in values]
-    return np.array(rows, np.int64)
+    table = np.zeros((len(values), rows.NUM_COLUMNS), np.int64)
+    table[:, rows.COUNT] = [each.numel() for each in values]
+    table[:, rows.GRADIENT] = [each.data_ptr() for each in values]
+    table[:, rows.GRADIENT_FORMAT] = [_FORMATS[each.dtype] for each in values]
+    return table

@@ -245,8 +245,8 @@ def test_formats_named_by_hand_are_told() -> None:
 def no_fp32(x: torch.Tensor) -> torch.Tensor:
     """Copy bf16 and fp64; there is no kernel for fp32."""
     if x.dtype is torch.float32:
-        # As PyTorch's own operators do without a kernel; the test below needs one.
-        raise NotImplementedError("no kernel for fp32")
+        # The test below needs an operator that lacks a kernel, as some of PyTorch's do.
+        raise NotImplementedError("no kernel for fp32")  # what those raise
     return x.clone()
 
 

@@ -12,6 +12,7 @@ import click
 
 from castwise.recipes.average_choice import FIELDS, average_options
 from castwise.recipes.kenken.settings import DIMENSIONS
+from castwise.recipes.launch_options import launch_options
 
 RUNS = Path("runs") / "kenken"
 
@@ -61,20 +62,7 @@ CHANGES = (
     metavar="NAME",
     help="How weights in 16 bits are stored: split, master, ...  [default: the policy]",
 )
-@click.option(
-    "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
-)
-@click.option(
-    "--strategy",
-    type=click.Choice(["ddp", "fsdp"]),
-    help="Over the processes of torchrun.  [default: one process]",
-)
-@click.option(
-    "--compress",
-    default="reduce",
-    metavar="HOW",
-    help="Gradients of ddp: bf16, fp16, powersgd:rank=4.  [default: the policy]",
-)
+@launch_options
 @click.option(
     "--out",
     type=click.Path(path_type=Path),

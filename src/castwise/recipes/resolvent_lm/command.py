@@ -16,6 +16,7 @@ from castwise.recipes.language.options import (
     place_options,
     precision_of,
 )
+from castwise.recipes.launch_options import launch_options
 
 
 @click.command("resolvent_lm")
@@ -35,20 +36,7 @@ from castwise.recipes.language.options import (
 @click.option("--no-compile", is_flag=True, help="Never compile the blocks.")
 @average_options
 @place_options
-@click.option(
-    "--strategy",
-    type=click.Choice(["ddp", "fsdp"]),
-    help="Over the processes of torchrun.  [default: one process]",
-)
-@click.option(
-    "--compress",
-    default="reduce",
-    metavar="HOW",
-    help="Gradients of ddp: bf16, fp16, powersgd:rank=4.  [default: the policy]",
-)
-@click.option(
-    "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
-)
+@launch_options
 def train(**flags: Any) -> int:
     """Train a language model that mixes tokens by resolvents, by castwise's trainer."""
     from castwise.recipes.hybrid_choice import HybridChoice
