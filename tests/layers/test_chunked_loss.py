@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from castwise.autocast import autocast
 from castwise.errors import SettingsError
+from castwise.layers import chunked_loss
 from castwise.layers.chunked_loss import IGNORED, chunk_of, chunked_cross_entropy
 
 
@@ -142,7 +144,7 @@ def test_no_tensor_is_as_large_as_the_logits() -> None:
     """The largest tensor ever made has a chunk of rows, or is a gradient."""
     made: list[int] = []
 
-    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+    class Sizes(TorchDispatchMode):
         def __torch_dispatch__(
             self, func: object, types: object, args: object = (), kwargs: object = None
         ) -> object:
@@ -166,6 +168,80 @@ def test_a_chunk_weighs_as_much_as_the_hidden_states() -> None:
     assert chunk_of(65_536, 512, 50_304) == 1024
     assert chunk_of(4096, 512, 50_304) == 256
     assert chunk_of(10, 512, 50) == 256
+    assert chunk_of(65_536, 512, 50_304, torch.bfloat16) == 2048
+    assert chunk_of(4096, 512, 50_304, torch.bfloat16) == 512
+    assert chunk_of(4096, 512, 50_304, torch.float64) == 256
+
+
+def test_a_backward_scales_in_place_unless_another_one_comes() -> None:
+    """The gradient of the head is there once, and right however often it is asked."""
+    hidden, weight, targets = case()
+    loss = chunked_cross_entropy(hidden, weight, targets, chunk=4)
+    sums = loss.grad_fn.saved_tensors  # type: ignore[union-attr]
+    first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    second = torch.autograd.grad(loss, (hidden, weight))
+    for one, two, total in zip(first, second, sums, strict=False):
+        assert torch.equal(one, two)
+        assert one.data_ptr() != total.data_ptr() == two.data_ptr()
+
+
+def test_a_batch_of_upstream_gradients_gives_a_gradient_each() -> None:
+    """`is_grads_batched` runs the backward once for all of them."""
+    hidden, weight, targets = case()
+    loss = chunked_cross_entropy(hidden, weight, targets, chunk=4)
+    one = torch.autograd.grad(loss, weight, retain_graph=True)[0]
+    factors = torch.tensor([1.0, -2.0, 0.5])
+    (found,) = torch.autograd.grad(loss, weight, factors, is_grads_batched=True)
+    for each, factor in zip(found, factors, strict=True):
+        torch.testing.assert_close(each, one * factor)
+
+
+def test_in_16_bits_only_some_rows_are_wide_and_the_head_grows_by_blocks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Parts change no bit, and no tensor in fp32 is as large as a chunk of logits."""
+    hidden, weight, targets = case(num=64, dim=8, vocab=501)
+    with autocast("cpu", "bf16"):
+        whole = chunked_cross_entropy(hidden, weight, targets, chunk=32)
+        wanted = torch.autograd.grad(whole, (hidden, weight))
+    monkeypatch.setattr(chunked_loss, "_WIDE_AT_ONCE", 5 * 501 + 7)
+    monkeypatch.setattr(chunked_loss, "_ADDED_AT_ONCE", 100 * 8)
+    wide: list[int] = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: object, types: object, args: object = (), kwargs: object = None
+        ) -> object:
+            out = func(*args, **(kwargs or {}))  # type: ignore[operator, misc]
+            if isinstance(out, Tensor) and out.dtype is torch.float32:
+                wide.append(out.numel())
+            return out
+
+    with autocast("cpu", "bf16"), Sizes():
+        parts = chunked_cross_entropy(hidden, weight, targets, chunk=32)
+        found = torch.autograd.grad(parts, (hidden, weight))
+    assert max(wide) == weight.numel()  # the gradient itself, larger than 5 rows
+    assert torch.equal(found[0], wanted[0])
+    torch.testing.assert_close(found[1], wanted[1], rtol=2**-8, atol=0.0)
+    torch.testing.assert_close(parts, whole, rtol=1e-6, atol=0.0)
+
+
+def test_without_gradients_logits_are_only_measured() -> None:
+    """An evaluation makes neither exponentials nor products of gradients."""
+    hidden, weight, targets = case()
+    called: list[str] = []
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: object, types: object, args: object = (), kwargs: object = None
+        ) -> object:
+            called.append(str(func))
+            return func(*args, **(kwargs or {}))  # type: ignore[operator, misc]
+
+    with torch.no_grad(), Names():
+        found = chunked_cross_entropy(hidden, weight, targets, chunk=4)
+    assert not {"aten.exp_.default", "aten.addmm_.default"} & set(called)
+    torch.testing.assert_close(found.double(), original(hidden, weight, targets))
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:

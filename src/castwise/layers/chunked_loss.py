@@ -9,10 +9,13 @@ which the backward only scales.
     loss = -1/M sum_n log softmax(h_n W^T)[t_n]         over the M tokens that count
     dL/dlogits_n = (softmax(h_n W^T) - onehot(t_n)) / M
 
-No product is computed twice: three per chunk, as without chunks. Logits are reduced in
-fp32 whatever they were computed in, sums over chunks are kept in fp32, and the division
-by M comes last, so that fp16 products see numbers of size 1 and a loss scale scales the
-gradient by exactly its factor. What autocast does to a matrix product it does here.
+No product is computed twice: three per chunk, as without chunks. Logits stay in the
+format in which the product left them; a few rows at a time are widened to fp32, reduced
+and written back as the gradient, so that what is wide fits into a cache. Sums over
+chunks are kept in fp32; in 16 bits the gradient of the head grows block by block, so
+that its summands do too. The division by M comes last: fp16 products see numbers of
+size 1, and a loss scale scales the gradient by exactly its factor. What autocast does
+to a matrix product it does here.
 """
 
 from __future__ import annotations
@@ -28,13 +31,24 @@ IGNORED = -100
 """A target that does not count."""
 
 LEAST_CHUNK = 256
-"""Tokens below which reading the head outweighs multiplying by it."""
+"""Tokens in fp32 below which reading the head outweighs multiplying by it."""
+
+_WIDE_AT_ONCE = 1 << 19  # logits in fp32 at the same time on a CPU: 2 MiB
+_ADDED_AT_ONCE = 1 << 21  # numbers of a 16-bit product that waits for its sum
 
 
-def chunk_of(num_tokens: int, dim: int, vocab_size: int) -> int:
-    """Return how many tokens a chunk takes: its logits weigh as much as all hiddens."""
-    even = -(-num_tokens * dim // vocab_size)
-    return max(LEAST_CHUNK, 1 << (even - 1).bit_length() if even > 1 else 1)
+def chunk_of(
+    num_tokens: int, dim: int, vocab_size: int, dtype: torch.dtype = torch.float32
+) -> int:
+    """Return how many tokens a chunk takes.
+
+    Its logits weigh as much as all hidden states in fp32; in 16 bits it is twice as
+    long at the same bytes.
+    """
+    shorter = max(1, torch.float32.itemsize // dtype.itemsize)
+    even = -(-num_tokens * dim * shorter // vocab_size)
+    longest = 1 << (even - 1).bit_length() if even > 1 else 1
+    return max(LEAST_CHUNK * shorter, longest)
 
 
 def chunked_cross_entropy(
@@ -72,10 +86,9 @@ def chunked_cross_entropy(
     if chunk is not None and chunk < 1:
         raise SettingsError(f"a chunk has at least 1 token, got {chunk}")
     rows = hidden.reshape(-1, hidden.shape[-1])
-    size = chunk or chunk_of(len(rows), rows.shape[1], len(weight))
     needed = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     loss = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
-        rows, weight, targets.reshape(-1), size, ignored, needed
+        rows, weight, targets.reshape(-1), chunk, ignored, needed
     )
     return cast("Tensor", loss)
 
@@ -89,7 +102,7 @@ class _ChunkedLoss(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         targets: Tensor,
-        size: int,
+        chunk: int | None,
         ignored: int,
         needed: bool,
     ) -> Tensor:
@@ -97,6 +110,7 @@ class _ChunkedLoss(torch.autograd.Function):
             torch.promote_types(hidden.dtype, weight.dtype), torch.float32
         )
         low = _format_of_products(hidden, weight)
+        size = chunk or chunk_of(len(hidden), hidden.shape[1], len(weight), low)
         head = weight.to(low)  # once, and not in every chunk
         counted = targets != ignored
         num_counted = counted.sum()
@@ -106,8 +120,7 @@ class _ChunkedLoss(torch.autograd.Function):
             by_hidden = torch.empty_like(hidden, dtype=wide)
         if needed and ctx.needs_input_grad[1]:
             by_weight = torch.zeros_like(weight, dtype=wide)
-        for at in range(0, len(hidden), size):
-            part = slice(at, at + size)
+        for part in _parts(len(hidden), size):
             total += _one_chunk(
                 hidden[part].to(low),
                 head,
@@ -123,12 +136,26 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        by_hidden, by_weight, num_counted = ctx.saved_tensors
-        if by_hidden is not None:
-            by_hidden = (by_hidden * (grad / num_counted)).to(ctx.formats[0])
-        if by_weight is not None:
-            by_weight = (by_weight * (grad / num_counted)).to(ctx.formats[1])
-        return by_hidden, by_weight, None, None, None, None
+        *sums, num_counted = ctx.saved_tensors
+        factor = grad / num_counted
+        by_both = [
+            None if total is None else _scaled(total, factor).to(dtype)
+            for total, dtype in zip(sums, ctx.formats, strict=True)
+        ]
+        return *by_both, None, None, None, None
+
+
+def _scaled(total: Tensor, factor: Tensor) -> Tensor:
+    """Scale a sum in its place, unless a later backward wants it as it is."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._autograd._get_current_graph_task_keep_graph()  # noqa: SLF001 -- no public name
+    ):
+        return total * factor
+    try:
+        return total.mul_(factor)
+    except RuntimeError:  # of vmap: one sum has no room for a batch of factors
+        return total * factor
 
 
 def _format_of_products(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -146,24 +173,60 @@ def _one_chunk(
     by_weight: Tensor | None,
 ) -> Tensor:
     """Return the sum of the losses of a chunk; add its gradients."""
-    logits = torch.nn.functional.linear(hidden, weight)
-    logits = logits.to(torch.promote_types(hidden.dtype, torch.float32))
+    logits = torch.nn.functional.linear(hidden, weight).to(hidden.dtype)
     place = targets.where(counted, 0).unsqueeze(1)
-    logits = logits.log_softmax(1)
-    loss = -logits.gather(1, place).squeeze(1).where(counted, 0.0).sum()
-    if by_hidden is None and by_weight is None:
+    needed = by_hidden is not None or by_weight is not None
+    loss = torch.stack(
+        [
+            _rows_measured(logits[part], place[part], counted[part], needed)
+            for part in _parts(len(hidden), _rows_at_once(logits))
+        ]
+    ).sum()
+    if not needed:
         return loss
-    # from here on `logits` is the gradient by the logits, in their place
-    logits.exp_().scatter_add_(1, place, -torch.ones_like(place, dtype=logits.dtype))
-    error = logits.to(hidden.dtype)
-    del logits  # in 16 bits the products need this room more
     # rows that do not count are left out where they are short
     if by_hidden is not None:
-        by_hidden.copy_((error @ weight).where(counted.unsqueeze(1), 0.0))
+        by_hidden.copy_((logits @ weight).where(counted.unsqueeze(1), 0.0))
     if by_weight is not None:
         kept = hidden.where(counted.unsqueeze(1), 0.0)
-        if error.dtype == by_weight.dtype:
-            by_weight.addmm_(error.T, kept)
-        else:
-            by_weight.add_(error.T @ kept)
+        _add_product(by_weight, logits.T, kept)
     return loss
+
+
+def _parts(num: int, at_once: int) -> list[slice]:
+    return [slice(at, at + at_once) for at in range(0, num, at_once)]
+
+
+def _rows_at_once(logits: Tensor) -> int:
+    """Return how many rows are wide together: on a device, all, in one launch."""
+    if logits.device.type != "cpu":
+        return len(logits)
+    return max(1, _WIDE_AT_ONCE // logits.shape[1])
+
+
+def _rows_measured(
+    logits: Tensor, place: Tensor, counted: Tensor, needed: bool
+) -> Tensor:
+    """Return the sum of the losses of rows; leave their gradient in their place.
+
+    Args:
+        logits: `[R, V]`.
+        place: `[R, 1]`, which of them is right.
+        counted: `[R]`, whether a row counts.
+        needed: Whether there shall be a gradient.
+    """
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(1)
+    loss = -wide.gather(1, place).squeeze(1).where(counted, 0.0).sum()
+    if needed:
+        wide.exp_().scatter_add_(1, place, wide.new_full(place.shape, -1.0))
+        logits.copy_(wide)
+    return loss
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add a product to a sum that may be wider, a block of rows at a time."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+        return
+    for part in _parts(len(total), max(1, _ADDED_AT_ONCE // total.shape[1])):
+        total[part] += left[part] @ right
