@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import castwise as cw
 from castwise.errors import TargetError
 from castwise.graph import GradientFlow, gradient_flow
+from castwise.graph.gradients import GradientCounter
 from graph_cases import WIDTH, Attention, Llama, Tied
 
 
@@ -37,6 +38,64 @@ def test_the_gradients_of_weights_are_those_of_autograd() -> None:
         assert counted[name].histogram.highest == top
         assert counted[name].num_elements == weight.numel()
         assert counted[name].op == "weight"
+
+
+def test_a_sample_tells_what_all_numbers_tell() -> None:
+    """Of every gradient: shares at any scale, and the largest exponent nearly."""
+    torch.manual_seed(0)
+    model, x, sample = Llama(), rows(3, 61, WIDTH), 512
+    every, some = (flow_of(model, x, sample=n) for n in (None, sample))
+    assert [node.name for node in every.nodes] == [node.name for node in some.nodes]
+    assert max(node.histogram.total for node in some.nodes) == sample
+    for whole, part in zip(every.nodes, some.nodes, strict=True):
+        assert whole.histogram.total == whole.num_elements == part.num_elements
+        assert whole.is_noise == part.is_noise
+        if whole.num_elements <= sample:
+            assert whole.histogram == part.histogram
+            continue
+        assert whole.histogram.highest is not None
+        assert part.histogram.highest is not None
+        assert 0 <= whole.histogram.highest - part.histogram.highest <= 2
+        for scale in (2.0**8, 2.0**4, 1.0, 2.0**-4, 2.0**-8, 2.0**-12):
+            # half a standard deviation of a share is at most 1 / 4 sqrt(512 / 8)
+            assert part.shares("fp16", scale) == pytest.approx(
+                whole.shares("fp16", scale), abs=0.1
+            )
+
+
+class Halves(nn.Module):
+    """One weight in two graphs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The same layer before and behind a break."""
+        h = self.layer(x)
+        torch._dynamo.graph_break()
+        return self.layer(h)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # asked for by Dynamo itself
+@pytest.mark.parametrize("sample", [None, 4096])
+def test_every_step_counts_each_gradient_once(sample: int | None) -> None:
+    """Steps leave no hook behind, and graphs that share a weight share its row."""
+    torch.compiler.reset()
+    model = Halves()
+    counter = GradientCounter(model, cw.preset("16-mixed"), sample)
+    run = torch.compile(model, backend=counter)
+    for num_steps in (1, 2, 3):
+        run(rows(5, WIDTH)).sum().backward()
+        flow = counter.flow()
+        totals = {node.name: node.histogram.total for node in flow.nodes}
+        assert totals["layer.weight"] == WIDTH * WIDTH, num_steps
+        assert totals["layer.bias"] == WIDTH
+        assert {node.num_elements for node in flow.nodes} == {
+            5 * WIDTH,
+            WIDTH,
+            WIDTH * WIDTH,
+        }
 
 
 def test_a_gradient_scales_with_the_loss() -> None:

@@ -14,13 +14,16 @@ by the gradients that come in the low format under the plan of the policy: that 
 loss itself is one, and stays in fp32.
 
 Some gradients are noise: that of a bias in front of a softmax or a norm is zero in
-theory, and what is seen is rounding, some 2^-24 below what it was summed from. These
-are told apart, and set no scale.
+theory, and what is seen is the rounding of what it was summed from. These are told
+apart, and set no scale.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
+import math
+import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -28,12 +31,14 @@ import torch
 from torch import fx
 
 from castwise.graph.classify import PARAMETER
+from castwise.graph.gradient_counts import GradientCounts
 from castwise.graph.gradient_records import GradientFlow, GradientNode
 from castwise.graph.operators import name_of
 from castwise.graph.planner import Planned, choose
 from castwise.graph.settings import Surroundings
+from castwise.graph.values import value_of
 from castwise.numerics.target import checked_batches, checked_loss
-from castwise.numerics.watch.exponents import NUM_BINS, ExponentHistogram, exponent_bins
+from castwise.numerics.watch.exponents import ExponentHistogram
 from castwise.policy.presets import preset
 
 if TYPE_CHECKING:
@@ -41,8 +46,9 @@ if TYPE_CHECKING:
 
     from castwise.policy.rules import Policy
 
-NOISE_BITS = 18
-"""A bias whose gradient is that many bits below what it is summed from is noise."""
+_NOISE_BITS, _FEWEST_NOISE_BITS = 22, 18
+# A sum of n numbers is wrong by some 2^-24 sqrt(n) of them: 22 - log2(n) / 2 bits below
+# what it is summed from, and never more than 18, a bias is noise.
 
 DEFAULT_SAMPLE = 4096
 """Numbers counted of each gradient, at random: a stride would hit structure."""
@@ -82,28 +88,23 @@ def gradient_flow(
 
 
 class GradientCounter:
-    """A backend that runs graphs node by node and listens to their gradients."""
+    """A backend that runs graphs as they are, and listens to their gradients."""
 
     def __init__(self, model: nn.Module, policy: Policy, sample: int | None) -> None:
         self._surroundings = Surroundings.of(model, policy)
         self._low: set[fx.Node] = set()
         self._names = {id(weight): name for name, weight in model.named_parameters()}
         self._sample = sample
-        self._draws = torch.Generator().manual_seed(0)
-        self._num_graphs = 0
         self._order: dict[str, fx.Node] = {}
-        self._bins: dict[str, torch.Tensor] = {}
-        self._taken: dict[str, torch.Tensor] = {}
-        self._drawn: dict[int, torch.Tensor] = {}
-        self._sizes: dict[str, int] = {}
         self._keys: dict[fx.Node, str] = {}
+        self._counts: list[tuple[list[str], GradientCounts]] = []
+        self._leaves: dict[str, weakref.ref[torch.Tensor]] = {}
 
     def __call__(
         self, module: fx.GraphModule, examples: Sequence[Any]
     ) -> Callable[..., Any]:
         """Note a graph, and return what runs it."""
-        graph = f"graph {self._num_graphs}"
-        self._num_graphs += 1
+        graph = f"graph {len(self._counts)}"
         nodes = [node for node in module.graph.nodes if node.op == "placeholder"]
         for node, example in zip(nodes, examples, strict=True):
             node.meta[PARAMETER] = isinstance(example, torch.nn.Parameter)
@@ -112,53 +113,49 @@ class GradientCounter:
         for node in module.graph.nodes:
             key = self._keys.setdefault(node, f"{graph}, {node.name}")
             self._order.setdefault(key, node)
-        run: Callable[..., Any] = _Listening(module, self).run
-        return run
+        heard = [node for node in module.graph.nodes if _may_have_gradient(node)]
+        keys = [self._keys[node] for node in heard]
+        counts = GradientCounts(len(heard), self._sample)
+        self._counts.append((keys, counts))
+        return _with_ears(module, heard, self._listener(keys, counts))
 
-    def listen(self, node: fx.Node, value: Any) -> None:
-        """Count the gradient of a value when it comes."""
-        if not isinstance(value, torch.Tensor) or not value.requires_grad:
-            return
-        if value.is_complex() or node.op == "output":
-            return
-        key = self._keys[node]
-        value.register_hook(lambda gradient: self._count(key, gradient))  # type: ignore[no-untyped-call]
+    def _listener(
+        self, keys: list[str], counts: GradientCounts
+    ) -> Callable[[int, Any], None]:
+        """What a graph tells its values to; it counts their gradients when they come.
 
-    def _count(self, key: str, gradient: torch.Tensor) -> None:
-        """Take the numbers out; a sample is counted when the batch is done."""
-        values = gradient.detach().reshape(-1)
-        self._sizes[key] = values.numel()
-        if self._sample is None:
-            self._bins[key] = _counted(values)
-        elif values.numel() <= self._sample:
-            self._taken[key] = values.clone()
-        else:
-            self._taken[key] = values[self._places(values)]
+        A value of a step is gone with the step, and its hook with it. A weight stays,
+        and so does its hook: one that each step added would count in all later ones.
+        """
+        ears = [functools.partial(counts.see, row) for row in range(len(keys))]
+        leaves = self._leaves
 
-    def _places(self, values: torch.Tensor) -> torch.Tensor:
-        """Where a tensor of that size is sampled; drawn once for each size."""
-        size = values.numel()
-        if size not in self._drawn:
-            assert self._sample is not None
-            places = torch.randint(size, (self._sample,), generator=self._draws)
-            self._drawn[size] = places.to(values.device)
-        return self._drawn[size]
+        def hear(row: int, value: Any) -> None:
+            if not isinstance(value, torch.Tensor) or not value.requires_grad:
+                return
+            if not value.is_leaf:
+                value.register_hook(ears[row])  # type: ignore[no-untyped-call]
+                return
+            known = leaves.get(keys[row])
+            if known is None or known() is not value:
+                value.register_hook(ears[row])  # type: ignore[no-untyped-call]
+                leaves[keys[row]] = weakref.ref(value)
+
+        return hear
 
     def flow(self) -> GradientFlow:
-        """Everything that was counted."""
-        self._bins |= {key: _counted(values) for key, values in self._taken.items()}
-        keys = [key for key in self._order if key in self._bins]
-        histograms = dict(
-            zip(
-                keys,
-                ExponentHistogram.from_bins(
-                    torch.stack([self._bins[key] for key in keys]).cpu()
-                ),
-                strict=True,
-            )
-            if keys
-            else ()
-        )
+        """Everything that was counted since it was asked for last."""
+        bins: dict[str, torch.Tensor] = {}
+        sizes: dict[str, int] = {}
+        for keys, counts in self._counts:
+            for key, size, row in zip(keys, *counts.take(), strict=True):
+                if size:
+                    sizes[key] = size
+                    bins[key] = bins[key] + row if key in bins else row
+        keys = [key for key in self._order if key in bins]
+        rows = torch.stack([bins[key] for key in keys]) if keys else None
+        found = () if rows is None else ExponentHistogram.from_bins(rows)
+        histograms = dict(zip(keys, found, strict=True))
         return GradientFlow(
             nodes=tuple(
                 GradientNode(
@@ -166,46 +163,62 @@ class GradientCounter:
                     op=_op_of(self._order[key]),
                     module=self._surroundings.module_of(self._order[key]),
                     histogram=histograms[key],
-                    num_elements=self._sizes[key],
+                    num_elements=sizes[key],
                     is_low=self._order[key] in self._low,
-                    is_noise=self._is_noise(key, histograms),
+                    is_noise=self._is_noise(key, histograms, sizes),
                 )
                 for key in keys
             )
         )
 
-    def _is_noise(self, key: str, known: dict[str, ExponentHistogram]) -> bool:
+    def _is_noise(
+        self, key: str, known: dict[str, ExponentHistogram], sizes: dict[str, int]
+    ) -> bool:
         """A bias adds with derivative one, so its gradient is a sum of its user's."""
         node, highest = self._order[key], known[key].highest
-        value = node.meta.get("example_value")
+        value = value_of(node)
         is_vector = isinstance(value, torch.Tensor) and value.dim() == 1
         if highest is None or not node.meta.get(PARAMETER) or not is_vector:
             return False
         users = [
-            known[self._keys[user]].highest
+            self._keys[user]
             for user in node.users
             if name_of(user) in {"linear", "add", "conv1d", "conv2d", "conv3d"}
             and self._keys[user] in known
         ]
-        tops = [each for each in users if each is not None]
-        return len(tops) == len(node.users) and highest < max(tops) - NOISE_BITS
+        tops = [top for user in users if (top := known[user].highest) is not None]
+        if len(tops) != len(node.users):
+            return False
+        num_summed = max(sizes[user] for user in users) / sizes[key]
+        bits = min(_FEWEST_NOISE_BITS, _NOISE_BITS - math.log2(num_summed) / 2)
+        return highest < max(tops) - bits
 
 
-class _Listening(fx.Interpreter):
-    """Runs a graph node by node, and listens to each value."""
-
-    def __init__(self, module: fx.GraphModule, counter: GradientCounter) -> None:
-        super().__init__(module)
-        self._counter = counter
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        self._counter.listen(n, value)
-        return value
+def _may_have_gradient(node: fx.Node) -> bool:
+    """Whether a gradient may come to a value; none can where its fake tells so."""
+    value = value_of(node)
+    if node.op == "output" or value is None:
+        return node.op != "output"
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
-def _counted(values: torch.Tensor) -> torch.Tensor:
-    return torch.bincount(exponent_bins(values), minlength=NUM_BINS)
+def _with_ears(
+    module: fx.GraphModule,
+    heard: Sequence[fx.Node],
+    hear: Callable[[int, Any], None],
+) -> Callable[..., Any]:
+    """The code of a graph, which tells some of its values as soon as they are made.
+
+    An interpreter would cost more than the counting does.
+    """
+    rows = {node: row for row, node in enumerate(heard)}
+    graph, made = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in module.graph.nodes:
+        made[node] = graph.node_copy(node, made.__getitem__)
+        if node in rows:
+            graph.call_function(hear, (rows[node], made[node]))
+    run: Callable[..., Any] = fx.GraphModule(module, graph).forward
+    return run
 
 
 def _low_values(planned: Planned) -> set[fx.Node]:

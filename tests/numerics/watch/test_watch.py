@@ -240,18 +240,22 @@ def test_a_large_tensor_is_sampled_without_global_random_numbers() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("stretches", [1, 256, 300])
 @pytest.mark.parametrize("size", [1, 63, SAMPLE, SAMPLE + 1, 100_003])
-def test_machine_code_counts_as_operators_do(dtype: torch.dtype, size: int) -> None:
+def test_machine_code_counts_as_operators_do(
+    dtype: torch.dtype, size: int, stretches: int
+) -> None:
     """The loop that reads memory, and the operators that other devices use."""
     torch.manual_seed(size)
     values = torch.randn(size) * torch.exp2(torch.randint(-40, 9, (size,)).float())
     odd = torch.tensor([0.0, -0.0, 1e-42, 3e-6, torch.inf, -torch.inf, torch.nan])
     values[: len(odd)] = odd[:size]
     tensor = values.to(dtype)
-    places, counter = Places(tensor.device), Counter(2, tensor.device)
+    places = Places(tensor.device, stretches=stretches)
+    counter = Counter(2, tensor.device)
     counter.add(1, places.sample(tensor))
     counter.count()
-    machine = MachineCounter(2, ())
+    machine = MachineCounter(2, (), stretches=stretches)
     machine.renew(places.draws)
     assert machine.fits(tensor)
     machine.see(1, tensor)
@@ -293,6 +297,10 @@ def test_tensors_in_any_order_of_memory_are_counted() -> None:
     machine = MachineCounter(1, ())
     images = torch.randn(2, 3, 5, 7)
     assert machine.fits(images.contiguous(memory_format=torch.channels_last))
+    assert machine.fits(images.permute(2, 0, 3, 1))
+    assert machine.fits(images[:1].mT)
+    assert not machine.fits(images[0, 0, 0, :1].expand(3))
+    assert not machine.fits(images.unfold(-1, 3, 1))
     assert not machine.fits(images[..., ::2])
     assert not machine.fits(images.double())
     run.model[0].weight.data = torch.randn(7, 11).mT  # its gradient is contiguous

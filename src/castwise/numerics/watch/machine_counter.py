@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from castwise.numerics.half_table import halves
 from castwise.numerics.watch import counting_kernel as kernel
 from castwise.numerics.watch.exponents import NUM_BINS
-from castwise.numerics.watch.samples import NEIGHBOURS, SAMPLE, half_ulps
+from castwise.numerics.watch.samples import NEIGHBOURS, STRETCHES, half_ulps
 
 _FORMATS = {
     torch.float32: kernel.FP32,
@@ -33,14 +33,18 @@ class MachineCounter:
     Args:
         num_rows: One for each tensor that is watched.
         formats: For which it is counted what updates they would lose.
+        stretches: Of how many a sample consists, of eight neighbours each.
     """
 
-    def __init__(self, num_rows: int, formats: tuple[str, ...]) -> None:
+    def __init__(
+        self, num_rows: int, formats: tuple[str, ...], *, stretches: int = STRETCHES
+    ) -> None:
         self._formats = formats
         self._counts = np.zeros((num_rows, NUM_BINS), np.int64)
         self._of_step = np.zeros_like(self._counts)
         self._lost = np.zeros((2 + len(formats), num_rows), np.int64)
-        self._scratch = np.zeros(SAMPLE, np.int32)
+        self._sample = stretches * NEIGHBOURS
+        self._scratch = np.zeros(self._sample, np.int32)
         self._halves = halves()
         self._draws: NDArray[np.float64] = np.zeros(0)
         self._weights: list[tuple[str, torch.dtype, int]] = []
@@ -49,7 +53,7 @@ class MachineCounter:
         self._arrays: tuple[int, ...] = ()
 
     def renew(self, draws: torch.Tensor) -> None:
-        """Look at other places from here on: [STRETCHES] in [0, 1)."""
+        """Look at other places from here on: [stretches] in [0, 1)."""
         self._draws = draws.numpy()
         arrays = self._draws, self._halves, self._scratch, self._of_step
         addresses = (array.ctypes.data for array in arrays)
@@ -61,13 +65,7 @@ class MachineCounter:
             type(tensor) in _PLAIN
             and tensor.dtype in _FORMATS
             and tensor.is_cpu
-            and (
-                tensor.is_contiguous()
-                or (
-                    tensor.dim() == 4
-                    and tensor.is_contiguous(memory_format=torch.channels_last)
-                )
-            )
+            and (tensor.is_contiguous() or _is_one_block(tensor))
         )
 
     def fit(self, weight: torch.Tensor, gradient: torch.Tensor) -> bool:
@@ -102,7 +100,7 @@ class MachineCounter:
         if not weights:
             return
         sizes = np.array([weight.numel() for _, _, weight, _, _ in weights], np.int64)
-        taken = np.minimum(sizes, SAMPLE)
+        taken = np.minimum(sizes, self._sample)
         self._weights = [(name, w.dtype, w.numel()) for name, _, w, _, _ in weights]
         rows = [
             (
@@ -171,3 +169,14 @@ class MachineCounter:
         self._counts.fill(0)
         self._lost.fill(0)
         return found
+
+
+def _is_one_block(tensor: torch.Tensor) -> bool:
+    """Whether a tensor fills its memory, in whatever order of its dimensions."""
+    size = 1
+    for stride, length in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if length != 1:
+            if stride != size:
+                return False
+            size *= length
+    return True

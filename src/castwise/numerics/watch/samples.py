@@ -44,9 +44,12 @@ _BIAS = 127
 class Places:
     """Which numbers of a tensor are looked at; the same within a step."""
 
-    def __init__(self, device: torch.device, seed: int = 0) -> None:
+    def __init__(
+        self, device: torch.device, seed: int = 0, *, stretches: int = STRETCHES
+    ) -> None:
         self._generator = torch.Generator(device).manual_seed(seed)
-        self._starts = torch.arange(STRETCHES, device=device)
+        self._stretches = stretches
+        self._starts = torch.arange(stretches, device=device)
         self._neighbours = torch.arange(NEIGHBOURS, device=device)
         self._drawn: dict[int, torch.Tensor] = {}
         self.draws = torch.empty(0, dtype=torch.float64, device=device)
@@ -57,7 +60,7 @@ class Places:
         """Draw anew from here on."""
         self._drawn.clear()
         self.draws = torch.rand(
-            STRETCHES,
+            self._stretches,
             dtype=torch.float64,
             generator=self._generator,
             device=self._generator.device,
@@ -66,7 +69,7 @@ class Places:
     def sample(self, tensor: torch.Tensor) -> torch.Tensor:
         """Copy what is looked at, as a vector."""
         size = tensor.numel()
-        if size <= SAMPLE:
+        if size <= self._stretches * NEIGHBOURS:
             return tensor.detach().flatten().clone()
         places = self._places(size)
         if not tensor.is_contiguous():
@@ -76,7 +79,7 @@ class Places:
     def _places(self, size: int) -> torch.Tensor:
         found = self._drawn.get(size)
         if found is None:
-            stretch = size // STRETCHES
+            stretch = size // self._stretches
             jitter = (self.draws * (stretch - NEIGHBOURS + 1)).long()
             first = self._starts * stretch + jitter
             found = (first[:, None] + self._neighbours).flatten()
