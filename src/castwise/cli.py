@@ -22,6 +22,7 @@ from castwise.commands import (
     estimate,
     example,
     fit,
+    gradients,
     lint,
     search,
     validate,
@@ -59,6 +60,7 @@ for room in (
     estimate,
     example,
     fit,
+    gradients,
     lint,
     search,
     validate,
@@ -94,5 +96,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def _fail(sentence: str, *, code: int = USER_ERROR) -> NoReturn:
-    click.echo(f"castwise: {' '.join(sentence.split())}", err=True)
+    if "TORCHELASTIC_RUN_ID" not in os.environ or not _was_said(sentence):
+        click.echo(f"castwise: {' '.join(sentence.split())}", err=True)
     sys.exit(code)
+
+
+def _was_said(sentence: str) -> bool:
+    """Whether another of torchrun's processes makes the same mistake and tells it."""
+    from castwise.distributed.ranks import somebody_said  # noqa: PLC0415 -- loads torch
+
+    return somebody_said(sentence)

@@ -10,9 +10,11 @@ written, printed or asked of a person is done by rank 0.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -179,6 +181,32 @@ def from_first(ranks: Ranks, make: Callable[[], _T]) -> _T:
         raise SystemExit(USER_ERROR)
     found: _T = made
     return found
+
+
+def somebody_said(sentence: str) -> bool:
+    """Whether another process of this run has said a sentence before.
+
+    What every process refuses alike shall be read once, and what only one refuses shall
+    be read too. They ask the store of torchrun, which outlives each of them; where it
+    does not answer at once, nobody is known to have said anything.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return False
+    digest = hashlib.sha256(sentence.encode()).hexdigest()
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    try:
+        store = TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            timeout=timedelta(seconds=5),
+        )
+        return store.add(f"castwise/said/{restart}/{digest}", 1) > 1
+    except (
+        KeyError,
+        ValueError,
+        RuntimeError,
+    ):  # the errors of stores are RuntimeErrors
+        return False
 
 
 def first_before_others(ranks: Ranks, make: Callable[[], _T]) -> _T:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from castwise.checkpoints.contradictions import refuse_contradictions
 from castwise.errors import PredictionError, SettingsError
-from castwise.hybrid.agreement import agreement_of
+from castwise.hybrid.agreement import Agreement, agreement_of
 from castwise.hybrid.arms import Arms
 from castwise.hybrid.divergence import NORMAL, Alarm, DivergenceMonitor
 from castwise.hybrid.exact_weights import ExactWeights, refuse_sharded
@@ -95,6 +95,8 @@ class HybridTrainer:
         device: Where the model is moved to. Default: where it is.
         fallback: The format to use instead of one that the device cannot do.
         monitor: Measures the memory of each phase. Default: it is not measured.
+        agreement: Other processes that train the same weights on rows of their own.
+            Default: those of a model in DDP, else none.
 
     Raises:
         UnsupportedFormatError: The device cannot do the format of a phase.
@@ -117,6 +119,7 @@ class HybridTrainer:
         device: str | torch.device | None = None,
         fallback: str | None = None,
         monitor: MemoryMonitor | None = None,
+        agreement: Agreement | None = None,
     ) -> None:
         refuse_sharded(model)  # before anything is put on the model
         self.settings = settings or HybridSettings()
@@ -143,7 +146,7 @@ class HybridTrainer:
             monitor=monitor,
         )
         self._loss = loss
-        self._agreement = agreement_of(model)
+        self._agreement = agreement or agreement_of(model)
         self._resting = RestingStates(optimizer, self.settings.predict_states)
         self._weights = ExactWeights(self.run, held, self._resting)
         self._machine = PhaseMachine(self.settings.phase_lengths())
@@ -283,12 +286,14 @@ class HybridTrainer:
     def _train(self, batches: Sequence[Any], count: PhaseCount) -> HybridStep:
         """Update by the mean gradient of the batches."""
         phase = self._machine.phase.value
-        losses = (self._share_of_loss(batch, len(batches)) for batch in batches)
+        alone = getattr(self._loss, "alone", self._loss)  # no word to other processes
         with self.run.step(
-            again=lambda: (self._share_of_loss(each, len(batches)) for each in batches)
+            again=lambda: (
+                self._share_of_loss(alone, each, batches) for each in batches
+            )
         ) as step:
-            for loss in losses:
-                step.backward(loss)
+            for batch in batches:
+                step.backward(self._share_of_loss(self._loss, batch, batches))
         outcome = step.outcome
         count.forwards += len(batches)
         count.backwards += len(batches)
@@ -304,11 +309,13 @@ class HybridTrainer:
             confidence=self.confidence,
         )
 
-    def _share_of_loss(self, batch: Any, num_batches: int) -> Tensor:
-        """Return what a batch adds to the loss of a step."""
-        loss = self._loss(self.run.model, batch)
+    def _share_of_loss(
+        self, loss_of: LossFunction, batch: Any, batches: Sequence[Any]
+    ) -> Tensor:
+        """Return what one of the batches adds to the loss of a step."""
+        loss = loss_of(self.run.model, batch)
         loss = loss.mean() if loss.dim() else loss
-        return loss / num_batches if num_batches > 1 else loss
+        return loss / len(batches) if len(batches) > 1 else loss
 
     def _after_update(self, outcome: Stepped | Skipped, count: PhaseCount) -> Alarm:
         """Let everybody who watches real steps see this one."""

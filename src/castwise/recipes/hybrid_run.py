@@ -10,9 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import distributed, nn
 
 from castwise.hybrid import HybridSettings, HybridTrainer
+from castwise.hybrid.agreement import Alone, OverProcesses
 from castwise.hybrid.stepping import HybridStepping, TaskLoss
 from castwise.memory.monitor import MemoryMonitor
 from castwise.policy import Policy
@@ -66,6 +67,7 @@ def prepare_run(
     device: torch.device,
     fallback: str | None,
     monitor: MemoryMonitor,
+    num_ranks: int = 1,
 ) -> PreparedRun:
     """Put a policy on a model, in phases if settings for them are given.
 
@@ -78,6 +80,7 @@ def prepare_run(
         device: Where the model is moved to.
         fallback: As in `prepare`.
         monitor: Memory of the device, which phases measure.
+        num_ranks: Processes that train the same weights and must decide the same.
     """
     losses = TaskLoss()
     if hybrid is None:
@@ -100,5 +103,6 @@ def prepare_run(
         device=device,
         fallback=fallback,
         monitor=monitor,
+        agreement=OverProcesses(distributed.group.WORLD) if num_ranks > 1 else Alone(),
     )
     return PreparedRun(run=trainer.run, hybrid=trainer, losses=losses)

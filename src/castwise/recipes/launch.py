@@ -80,39 +80,30 @@ class Launch:
         return open_display(num_steps, title, quiet=not self.ranks.is_first)
 
     def refuse_phases(self, hybrid: HybridSettings | None) -> None:
-        """Refuse to train in phases on several processes.
+        """Refuse to train in phases where no process holds whole weights.
 
         Raises:
-            SettingsError: On rank 0; the others end without a word.
+            SettingsError: On every rank.
         """
-        if hybrid is None or self.ranks.num_ranks == 1:
-            return
-
-        def refused() -> None:
+        if hybrid is not None and self.strategy.is_sharded:
             raise SettingsError(
-                "--hybrid decides by what one process sees, and "
-                f"{self.ranks.num_ranks} were started; leave out --hybrid or --strategy"
+                "--hybrid moves whole weights along their way, and --strategy fsdp "
+                "leaves each process a part of them; take --strategy ddp, or leave out "
+                "--hybrid"
             )
-
-        from_first(self.ranks, refused)
 
     def refuse_uneven(self, num_rows: int, setting: str) -> None:
         """Refuse a batch that the processes cannot share in equal parts.
 
         Raises:
-            SettingsError: On rank 0; the others end without a word.
+            SettingsError: On every rank.
         """
-        if num_rows % self.ranks.num_ranks == 0:
-            return
-
-        def refused() -> None:
+        if num_rows % self.ranks.num_ranks:
             raise SettingsError(
                 f"{self.ranks.num_ranks} processes need a batch that they can share "
                 f"evenly, got {setting} {num_rows}; start a number of processes that "
                 "divides it, or change it"
             )
-
-        from_first(self.ranks, refused)
 
     def facts(self) -> dict[str, int | str]:
         """Return what a checkpoint and the report say of it."""
@@ -154,7 +145,8 @@ def open_launch(
             f"--strategy {asked} needs processes that train together; start them by "
             "torchrun --nproc-per-node N -m castwise train ..."
         )
-    strategy = _strategy(asked, ranks or Ranks(), compress)
+    name: Any = asked or "one"  # checked there
+    strategy = Strategy(name=name, ranks=ranks or Ranks(), compress=compress)
     own = _own_device(device, strategy)
     console = Console(quiet=not strategy.ranks.is_first)
     launch = Launch(strategy=strategy, device=own, console=console)
@@ -168,17 +160,6 @@ def open_launch(
 def may_restart() -> bool:
     """Whether torchrun was asked to start killed processes again."""
     return os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") not in {"", "0"}
-
-
-def _strategy(asked: str | None, ranks: Ranks, compress: str) -> Strategy:
-    """Refuse once what every process would refuse alike."""
-    name: Any = asked or "one"  # checked there
-    try:
-        return Strategy(name=name, ranks=ranks, compress=compress)
-    except SettingsError:
-        if ranks.is_first:
-            raise
-        raise SystemExit(2) from None
 
 
 def _own_device(

@@ -443,6 +443,7 @@ def _build(
         device=device,
         fallback=plan.fallback,
         monitor=monitor,
+        num_ranks=launch.ranks.num_ranks,
     )
     run = made.run
     averages = averages_of(settings, model, run.held)

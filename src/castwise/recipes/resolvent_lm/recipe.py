@@ -213,6 +213,7 @@ def _build(
         device=device.value,
         fallback=plan.fallback,
         monitor=monitor,
+        num_ranks=launch.ranks.num_ranks,
     )
     run = made.run
     task = LanguageTask(

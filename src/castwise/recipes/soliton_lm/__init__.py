@@ -3,6 +3,8 @@
 settings.py    what can be asked of it
 model.py       the model, and what it is compared with
 module.py      the model as Lightning sees it
+spread.py      over which processes a run is spread
+sharded.py     FSDP2 in Lightning
 callbacks.py   journal, display, health and checkpoints of a Lightning run
 plain_files.py Lightning's checkpoints as safetensors files
 recipe.py      the whole run, from text to report

@@ -11,8 +11,8 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Mapping
-from typing import Any, final
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, final
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -24,6 +24,10 @@ from castwise.recipes.soliton_lm.plain_files import ShelfFiles
 from castwise.training.display import Display
 from castwise.training.journal import Journal
 from castwise.training.random_state import restore_random_states
+from castwise.training.unison import first_proposal, largest
+
+if TYPE_CHECKING:
+    from castwise.checkpoints.background import Saved
 
 MIB = 2**20
 
@@ -92,13 +96,16 @@ class RunCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin, or go on with the random numbers of the checkpoint."""
-        del trainer, pl_module
+        del pl_module
         if threading.current_thread() is threading.main_thread():
             # Lightning has put its own in place; it puts back what was there before
             for one in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(one, self.stop)
         if self._tree is not None:
-            restore_random_states(self._tree["random"])
+            stored = self._tree["random"]
+            by_rank = stored if isinstance(stored, list) else [stored]
+            at = trainer.global_rank
+            restore_random_states(by_rank[at if at < len(by_rank) else 0])
         self._monitor.reset_peak()
         self._started = self._window_started = time.perf_counter()
         self._scale = float(self._precision.loss_scale.scale)
@@ -128,10 +135,17 @@ class RunCallback(Callback):
         if step % self._training.log_every == 0:
             self._log(step, pl_module)
         self._probe.paused = True
+        self.stopped_by = first_proposal(self.stopped_by)
         if self.stopped_by is not None:
             trainer.should_stop = True
         if not self._validates(step):
             self._save(trainer, step)
+        self._tell_saved(self._files.reported())
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Wait for the checkpoint that is under way."""
+        del trainer, pl_module
+        self._tell_saved(self._files.reported(wait=True))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the peak of training, and let the probe look."""
@@ -149,7 +163,7 @@ class RunCallback(Callback):
         if fitting and not self._validates(step):
             return  # Lightning measures once more when a run is stopped; it is saved
         measures = dict(getattr(pl_module, "measured"))  # noqa: B009 -- ours, typed as any module
-        health = worst(self._probe.read())
+        health = largest(worst(self._probe.read()))
         measures |= {f"validation_{name}": value for name, value in health.items()}
         values = {
             **measures,
@@ -183,6 +197,11 @@ class RunCallback(Callback):
         }
         trainer.save_checkpoint(f"step-{step}")
 
+    def _tell_saved(self, saved: Sequence[Saved]) -> None:
+        """Report checkpoints that were under way and now stand on the disk."""
+        for each in saved:
+            self._write("saved", each.step, {"checkpoint": each.path.name})
+
     def _tell_skip(self, step: int) -> None:
         finding = self._precision.last_finding
         if self._precision.num_skipped > self._num_skipped and finding is not None:
@@ -190,6 +209,7 @@ class RunCallback(Callback):
                 "because": str(finding),
                 "parameter": getattr(finding, "parameter", None),
                 "scale": self._scale,
+                "rank": getattr(finding, "rank", None),
             }
             self._write("skip", step, values)
             self._display.note(f"step {step} skipped: {finding}")
@@ -209,7 +229,7 @@ class RunCallback(Callback):
         losses: Any = module.all_gather(loss)  # a call that every process makes
         values = {
             "loss": float(losses.float().mean()),
-            **worst(self._probe.read()),
+            **largest(worst(self._probe.read())),
             "tokens_per_s": len(recent) * self._num_tokens / window,
             "step_ms": 1e3 * statistics.median(recent),
             "learning_rate": float(optimizer.param_groups[0]["lr"]),

@@ -26,13 +26,15 @@ from castwise.recipes.language.options import (
     "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
 )
 @click.option(
-    "--devices", default="1", show_default=True, help="How many devices, or auto."
+    "--devices",
+    metavar="N",
+    help="How many devices, or auto.  [default: 1, or torchrun's processes]",
 )
 @click.option(
     "--strategy",
     default="auto",
     show_default=True,
-    help="A strategy of Lightning, such as ddp.",
+    help="A strategy of Lightning, such as ddp; fsdp under torchrun.",
 )
 def train(**flags: Any) -> int:
     """Train a language model around Cayley propagators, through Lightning."""
@@ -47,7 +49,8 @@ def train(**flags: Any) -> int:
     from castwise.recipes.soliton_lm import recipe
 
     devices = flags["devices"]
-    if devices != "auto" and not (devices.isdecimal() and int(devices) > 0):
+    known = devices in {None, "auto"} or (devices.isdecimal() and int(devices) > 0)
+    if not known:
         raise SettingsError(f"--devices needs a number or auto, got {devices!r}.")
     changes = changes_of(flags)
     if flags["no_compile"]:

@@ -7,14 +7,15 @@ calls an epoch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from castwise.errors import SettingsError
+from castwise.fitting import is_sharded
 from castwise.optim import hold_weights
 from castwise.policy import Policy
 from castwise.recipes.language.evaluation import Batches
@@ -23,9 +24,13 @@ from castwise.recipes.language.token_file import TokenBatch
 from castwise.recipes.optimizer_choice import build_optimizer, decay_groups
 from castwise.training.schedule import WarmupStableDecay
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 _NARROW = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 Pair = tuple[Tensor, Tensor]
+Measured = tuple[Tensor, Tensor, Tensor]
 
 
 class SolitonModule(LightningModule):
@@ -36,6 +41,7 @@ class SolitonModule(LightningModule):
         batches: By step.
         training: Schedule, rates and seed.
         policy: How weights in 16 bits are stored.
+        shard: Cuts the model over the processes of a mesh. Default: weights stay whole.
     """
 
     def __init__(
@@ -44,6 +50,8 @@ class SolitonModule(LightningModule):
         batches: Batches,
         training: TrainingSettings,
         policy: Policy,
+        *,
+        shard: Callable[[nn.Module, DeviceMesh], object] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -52,6 +60,7 @@ class SolitonModule(LightningModule):
         self.last_loss = torch.tensor(float("nan"))
         """Of the last training batch."""
         self._batches, self._training, self._policy = batches, training, policy
+        self._shard = shard
         self._losses: list[Tensor] = []
         self._sizes: list[int] = []
         self._rates: list[float] = []
@@ -75,11 +84,12 @@ class SolitonModule(LightningModule):
         for group, rate in zip(self._groups(), self._rates, strict=True):
             group["lr"] = rate * factor
 
-    def validation_step(self, batch: Pair, batch_idx: int) -> None:
-        """Keep the loss of a batch."""
+    def validation_step(self, batch: Measured, batch_idx: int) -> None:
+        """Keep the loss of a batch, and how many tokens it counts for."""
         del batch_idx
-        self._losses.append(self.model(*batch).detach())
-        self._sizes.append(batch[1].numel())
+        tokens, targets, num_tokens = batch
+        self._losses.append(self.model(tokens, targets).detach())
+        self._sizes.append(int(num_tokens))
 
     def on_validation_epoch_end(self) -> None:
         """Put the losses together, those of all processes."""
@@ -89,6 +99,12 @@ class SolitonModule(LightningModule):
         self.measured = self._batches.measures(
             gathered[0].flatten().tolist(), gathered[1].flatten().tolist()
         )
+
+    def configure_model(self) -> None:
+        """Cut the weights over the processes, once, if the strategy wants that."""
+        if self._shard is not None and not any(map(is_sharded, self.parameters())):
+            assert self.device_mesh is not None, "only ModelParallelStrategy shards"
+            self._shard(self.model, self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Build AdamW; what is held in 16 bits keeps its digits beside it."""
@@ -117,13 +133,25 @@ class SolitonModule(LightningModule):
     def val_dataloader(self) -> ValidationBatches:
         """Return this process's share of the validation batches."""
         return ValidationBatches(
-            [self.share_of(batch) for batch in self._batches.validation]
+            [self._measured_of(batch) for batch in self._batches.validation]
         )
 
     def share_of(self, batch: TokenBatch) -> Pair:
         """Return the windows of a batch that this process sees."""
         rank, num = self.trainer.global_rank, self.trainer.world_size
         return batch.tokens[rank::num], batch.targets[rank::num]
+
+    def _measured_of(self, batch: TokenBatch) -> Measured:
+        """Return this process's windows of a batch that the model is measured on.
+
+        Of the last batch there may be none for it; then it runs one with the others,
+        who may hold a part of its weights, and counts no token.
+        """
+        tokens, targets = self.share_of(batch)
+        num_tokens = torch.tensor(targets.numel())
+        if not len(tokens):
+            tokens, targets = batch.tokens[:1], batch.targets[:1]
+        return tokens, targets, num_tokens
 
     def _groups(self) -> list[dict[str, Any]]:
         optimizer = self.optimizers()
@@ -155,13 +183,13 @@ class BatchesByStep:
 class ValidationBatches:
     """The batches that a model is measured on; Lightning takes a list for loaders."""
 
-    def __init__(self, batches: list[Pair]) -> None:
+    def __init__(self, batches: list[Measured]) -> None:
         self._batches = batches
 
     def __len__(self) -> int:
         """Return how many there are."""
         return len(self._batches)
 
-    def __iter__(self) -> Iterator[Pair]:
+    def __iter__(self) -> Iterator[Measured]:
         """Yield them in order."""
         return iter(self._batches)

@@ -3,32 +3,40 @@
 Lightning pickles; whoever reads such a file runs what is in it. Its checkpoint is plain
 data all the same: weights, optimizer states, counters of loops. So it goes to the shelf
 of the run as a tree, beside the facts of the run and the states of random generators,
-and comes back bit for bit.
+and comes back bit for bit. Under DDP one rank writes; under FSDP2 all do, their parts,
+while the run goes on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 from lightning.pytorch.plugins.io import CheckpointIO
 
-from castwise.checkpoints import CheckpointShelf, load_checkpoint
 from castwise.training.random_state import capture_random_states
+from castwise.training.strategy import Saves, Strategy
+
+if TYPE_CHECKING:
+    from castwise.checkpoints.background import Saved
 
 
 @final
 class ShelfFiles(CheckpointIO):
-    """Saves to a shelf, which names the files and lets go of old ones.
+    """Saves to the shelf of a run, which names the files and lets go of old ones.
 
     Args:
-        shelf: Of the run.
+        saves: Puts checkpoints on the shelf.
+        strategy: How the run is spread over processes.
         facts: What every checkpoint says about the run.
     """
 
-    def __init__(self, shelf: CheckpointShelf, facts: Mapping[str, Any]) -> None:
-        self._shelf, self._facts = shelf, dict(facts)
+    def __init__(
+        self, saves: Saves, strategy: Strategy, facts: Mapping[str, Any]
+    ) -> None:
+        self._saves, self._strategy, self._facts = saves, strategy, dict(facts)
+        self._stand: list[Saved] = []
         self.score: float | None = None
         """What the next checkpoint is judged by."""
         self.extras: dict[str, Any] = {}
@@ -42,23 +50,39 @@ class ShelfFiles(CheckpointIO):
         tree = {
             "lightning": _plain(checkpoint),
             "facts": self._facts,
-            "random": capture_random_states(),
+            "random": self._random_states(),
             **self.extras,
         }
-        self._shelf.save(int(checkpoint["global_step"]), tree, score=self.score)
+        step = int(checkpoint["global_step"])
+        self._stand += self._saves.begin(step, tree, self.score)
+
+    def reported(self, *, wait: bool = False) -> Sequence[Saved]:
+        """Return checkpoints that stand since this was last asked.
+
+        Args:
+            wait: Whether for the one that is under way (default: False).
+        """
+        found = self._saves.wait() if wait else self._saves.finished()
+        stand, self._stand = [*self._stand, *found], []
+        return stand
 
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: Any = None
     ) -> dict[str, Any]:
         """Return Lightning's part of a checkpoint."""
         del map_location, weights_only
-        tree = load_checkpoint(Path(path), kind=self._shelf.kind)
+        _, tree = self._strategy.read(Path(path))
         found: dict[str, Any] = tree["lightning"]
         return found
 
     def remove_checkpoint(self, path: Any) -> None:
         """Leave files to the shelf."""
         del path
+
+    def _random_states(self) -> Any:
+        """Return those of this process, or of all ranks where all of them save."""
+        own = capture_random_states()
+        return self._strategy.gathered(own) if self._strategy.is_sharded else own
 
 
 def _plain(value: Any) -> Any:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 import signal
 import threading
 import warnings
@@ -22,11 +21,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from castwise.checkpoints import CheckpointShelf
-from castwise.decision import Decision
+from castwise.distributed.ranks import first_before_others
 from castwise.errors import CheckpointError, SettingsError
 from castwise.integrations.hosted import HostedPolicy
 from castwise.integrations.lightning import CastwisePrecision
@@ -50,28 +48,34 @@ from castwise.recipes.language.plan import (
 )
 from castwise.recipes.language.sampling import SamplingSettings, sample_text
 from castwise.recipes.language.supply import TokenSupply, default_folder, open_supply
+from castwise.recipes.launch import Launch
+from castwise.recipes.soliton_lm import spread
 from castwise.recipes.soliton_lm.callbacks import RunCallback
 from castwise.recipes.soliton_lm.model import RECIPE, build_model
 from castwise.recipes.soliton_lm.module import SolitonModule
 from castwise.recipes.soliton_lm.plain_files import ShelfFiles
+from castwise.recipes.soliton_lm.sharded import (
+    ShardedStrategy,
+    cutter,
+    whole_weights,
+)
 from castwise.training.display import NullDisplay, open_display
 from castwise.training.journal import Journal
 from castwise.training.random_state import seed_everything
-from castwise.training.run_folder import RunFolder, open_run_folder
+from castwise.training.run_folder import RunFolder
 
 RUNS = Path("runs") / "soliton_lm"
-_FOLDER = "CASTWISE_RUN_FOLDER"  # how processes that Lightning starts learn of it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
     """Where a run happens and what it may use there."""
 
-    devices: str = "1"
-    """How many, or `auto`, as Lightning's Trainer takes it."""
+    devices: str | None = None
+    """How many, or `auto`; None for one, or for all that torchrun started."""
 
     strategy: str = "auto"
-    """auto, ddp, ddp_spawn, ..., as Lightning's Trainer takes it."""
+    """auto, ddp, ddp_spawn, ..., as Lightning's Trainer takes it; fsdp for FSDP2."""
 
     device: str = "auto"
     """auto, cpu or cuda."""
@@ -121,18 +125,23 @@ def train(asked: Asked, place: Place) -> int:
     Raises:
         CastwiseError: For every mistake in a flag, a file or a folder.
     """
-    console = Console(quiet=not _is_first())
-    device = choose_device(place.device)
-    folder = _open_folder(place)
+    with spread.open_spread(place.strategy, choose_device(place.device)) as launch:
+        return _train(asked, place, launch)
+
+
+def _train(asked: Asked, place: Place, launch: Launch) -> int:
+    console = launch.console
+    shape = spread.shape_for_trainer(place.devices)
+    folder = spread.open_folder(launch, out=place.out, parent=RUNS, resume=place.resume)
     shelf = CheckpointShelf(
         folder=folder.checkpoints, kind=RECIPE.kind, keep_last=place.keep_last
     )
-    plan, start = _plan(asked, folder, shelf)
+    plan, start = _plan(asked, folder, shelf, launch)
     if place.num_threads is not None:
         torch.set_num_threads(place.num_threads)
     with ExitStack() as stack:
         stack.enter_context(_quiet_lightning())
-        built = _build(plan, place, device, folder, shelf, stack)
+        built = _build(plan, place, shape, launch, folder, shelf, stack)
         for line in closing.opening_lines(built.facts, folder):
             console.print(line, highlight=False, soft_wrap=True)
         if plan.tree is not None:
@@ -152,43 +161,25 @@ def train(asked: Asked, place: Place) -> int:
             soft_wrap=True,
         )
         return SIGNAL_CODES[stopped]
-    if _is_first():
-        _tell(built, plan, folder, console)
+    weights = whole_weights(built.module.model)
+    if spread.is_first():
+        _tell(built, plan, weights, folder, launch)
     return 0
 
 
-def _is_first() -> bool:
-    """Whether this is the first of all processes, the one that writes."""
-    return all(int(os.environ.get(name, "0")) == 0 for name in ("RANK", "LOCAL_RANK"))
-
-
-def _open_folder(place: Place) -> RunFolder:
-    if not _is_first():
-        path = os.environ.get(_FOLDER) or place.out
-        if path is None:
-            raise SettingsError(
-                "processes that another program starts cannot agree on the next free "
-                "folder; name one for all of them with --out."
-            )
-        return RunFolder(path=Path(path), resuming=place.resume)
-    folder = open_run_folder(out=place.out, parent=RUNS, resume=place.resume)
-    os.environ[_FOLDER] = str(folder.path.resolve())
-    return folder
-
-
 def _plan(
-    asked: Asked, folder: RunFolder, shelf: CheckpointShelf
+    asked: Asked, folder: RunFolder, shelf: CheckpointShelf, launch: Launch
 ) -> tuple[Plan, str | None]:
     if not folder.resuming:
         return plan_anew(RECIPE, asked), None
-    found = shelf.latest()
+    found = shelf.latest(launch.strategy.read)
     if found.value is None:
         raise CheckpointError(
             f"--resume needs a checkpoint, and {folder.checkpoints} holds none; start "
             "without --resume."
         )
     plan = plan_from(RECIPE, asked, found.value.tree, found.value.path)
-    if _is_first():
+    if spread.is_first():
         with Journal(folder.path) as journal:
             journal.rewind(found.value.step)
     return plan, str(found.value.path)
@@ -197,30 +188,39 @@ def _plan(
 def _build(
     plan: Plan,
     place: Place,
-    device: Decision[torch.device],
+    shape: Mapping[str, Any],
+    launch: Launch,
     folder: RunFolder,
     shelf: CheckpointShelf,
     stack: ExitStack,
 ) -> Built:
     settings, training = plan.settings, plan.settings.training
+    device = launch.device
+    launch.refuse_uneven(settings.text.batch_size, "text.batch_size")
     if training.average != "none":
         raise SettingsError(
             f"training.average of {RECIPE.name} needs none, got {training.average!r}: "
             "Lightning makes its steps; take castwise train resolvent_lm"
         )
-    supply = open_supply(
-        settings.text, place.data or default_folder(), tokenizer=plan.tokenizer
+    supply = first_before_others(
+        launch.ranks,
+        lambda: open_supply(
+            settings.text, place.data or default_folder(), tokenizer=plan.tokenizer
+        ),
     )
     batches = Batches(supply, settings.text, training)
     seed_everything(training.seed)
     model = build_model(
         settings.model, supply.tokenizer.vocab_size, settings.text.sequence_length
     )
+    spread.refuse_strangers(launch, model, plan.policy.value)
     compiled = compile_decision(training.compile, device.value)
-    measured = _measured(plan, model, batches, device.value)
-    facts = facts_of(
-        RECIPE, plan, supply, device, {**measured, "compiled": str(compiled)}
-    )
+    measured = {
+        **_measured(plan, model, batches, device.value),
+        "compiled": str(compiled),
+        **launch.facts(),
+    }
+    facts = facts_of(RECIPE, plan, supply, device, measured)
     probe: Probe = NoProbe()
     if settings.model.variant == "layer":
         probe = HealthProbe(model)
@@ -230,14 +230,14 @@ def _build(
     precision = CastwisePrecision(
         plan.policy.value, device=device.value.type, fallback=plan.fallback
     )
-    files = ShelfFiles(shelf, facts)
+    files = ShelfFiles(launch.strategy.saves(shelf), launch.strategy, facts)
     callback = RunCallback(
         training=training,
         num_tokens=settings.text.batch_size * settings.text.sequence_length,
         journal=stack.enter_context(Journal(folder.path)),
         display=stack.enter_context(
             open_display(training.num_steps, f"castwise train {RECIPE.name}")
-            if _is_first()
+            if spread.is_first()
             else NullDisplay()
         ),
         monitor=MemoryMonitor(device.value),
@@ -245,11 +245,19 @@ def _build(
         precision=precision,
         files=files,
         tree=plan.tree,
-        writes=_is_first(),
+        writes=spread.is_first(),
     )
     return Built(
-        trainer=_trainer(plan, place, device.value, precision, files, callback),
-        module=SolitonModule(model, batches, training, plan.policy.value),
+        trainer=_trainer(plan, place, shape, launch, precision, files, callback),
+        module=SolitonModule(
+            model,
+            batches,
+            training,
+            plan.policy.value,
+            shard=cutter(plan.policy.value, device.value, plan.fallback)
+            if launch.strategy.is_sharded
+            else None,
+        ),
         callback=callback,
         precision=precision,
         supply=supply,
@@ -260,17 +268,21 @@ def _build(
 def _trainer(
     plan: Plan,
     place: Place,
-    device: torch.device,
+    shape: Mapping[str, Any],
+    launch: Launch,
     precision: CastwisePrecision,
     files: ShelfFiles,
     callback: RunCallback,
 ) -> Trainer:
     training = plan.settings.training
+    sharded = launch.strategy.is_sharded
     try:
         return Trainer(
-            accelerator="gpu" if device.type == "cuda" else "cpu",
-            devices=place.devices if place.devices == "auto" else int(place.devices),
-            strategy=place.strategy,
+            accelerator="gpu" if launch.device.value.type == "cuda" else "cpu",
+            **shape,
+            strategy=ShardedStrategy(launch.ranks.num_ranks)
+            if sharded
+            else place.strategy,
             plugins=[precision, files],
             callbacks=[callback],
             max_steps=training.num_steps,
@@ -286,7 +298,7 @@ def _trainer(
         )
     except (ValueError, RuntimeError, TypeError, ImportError) as error:
         raise SettingsError(
-            f"Lightning cannot make a Trainer with --devices {place.devices} and "
+            f"Lightning cannot make a Trainer with --devices {shape['devices']} and "
             f"--strategy {place.strategy}: {error}"
         ) from error
 
@@ -332,6 +344,10 @@ def _quiet_lightning() -> Iterator[None]:
             warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
             # batches are gathered from a mapped file: there is nothing to wait for
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+            # not in this recipe: its module gives the optimizer to hold_weights
+            warnings.filterwarnings("ignore", message=".*hold 16-bit weights plain.*")
+            # gathers by a function that torch 2.13 deprecates
+            warnings.filterwarnings("ignore", message=".*functional.all_gather is depr")
             yield
     finally:
         for logger, level in zip(loggers, before, strict=True):
@@ -352,13 +368,23 @@ def _signals_kept() -> Iterator[None]:
             signal.signal(one, handler)
 
 
-def _tell(built: Built, plan: Plan, folder: RunFolder, console: Console) -> None:
-    model = built.module.model.cpu()
+def _tell(
+    built: Built,
+    plan: Plan,
+    weights: Mapping[str, Tensor],
+    folder: RunFolder,
+    launch: Launch,
+) -> None:
+    text = plan.settings.text
+    model = build_model(
+        plan.settings.model, built.supply.tokenizer.vocab_size, text.sequence_length
+    )
+    model.load_state_dict({name: each.float() for name, each in weights.items()})
     sample = sample_text(
-        model,
+        model.eval(),
         built.supply.tokenizer,
         "",
-        length=plan.settings.text.sequence_length,
+        length=text.sequence_length,
         settings=SamplingSettings(),
     )
     with Journal(folder.path) as journal:
@@ -368,5 +394,5 @@ def _tell(built: Built, plan: Plan, folder: RunFolder, console: Console) -> None
         facts=built.facts,
         sample=sample,
         folder=folder,
-        console=console,
+        console=launch.console,
     )
