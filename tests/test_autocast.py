@@ -392,6 +392,32 @@ def _switches() -> tuple[Any, ...]:
     )
 
 
+@pytest.mark.parametrize("fp8", [False, True])
+def test_kernels_that_we_stand_in_for_keep_their_cache_outside(fp8: bool) -> None:
+    """One cast for every use of a weight, and gradients added up behind it."""
+
+    def found() -> tuple[torch.Tensor, torch.Tensor]:
+        weight = torch.linspace(0.1, 1, 9).view(3, 3).requires_grad_()
+        x = torch.linspace(-1, 1, 6).view(2, 3).sin()
+        with torch.autocast("cpu", BF16):
+            out = F.linear(F.linear(x, weight), weight)
+            with torch.no_grad():
+                weight.mul_(2)  # goes unseen by a cast that is kept
+            out = out + F.linear(x, weight)
+        out.sum().backward()
+        assert weight.grad is not None
+        return out.detach(), weight.grad
+
+    uninstall()
+    expected = found()
+    table = DEFAULT_TABLE.with_category("linear", "fp32", "a test")
+    with autocast("cpu", "bf16", table=table, fp8=fp8):
+        assert F.linear(torch.eye(3), torch.eye(3)).dtype == FP32
+    for ours, theirs in zip(found(), expected, strict=True):
+        assert torch.equal(ours, theirs)
+    uninstall()
+
+
 def test_uninstall_restores_the_dispatcher() -> None:
     """The kernels of PyTorch come back, and none of ours stays."""
 

@@ -283,7 +283,7 @@ class _Switchboard:
                 return
             if native is None and not needs_kernel(op, category):
                 return
-            kernel = OperatorKernel(op, device_type, native=native, in_force=_in_force)
+            kernel = OperatorKernel(op, device_type, in_force=_in_force)
             self._register(op, kernel, device_type)
         kernel.follow(category)
 

@@ -88,8 +88,9 @@ def autocast_key(device_type: str) -> str:
 class OperatorKernel:
     """One overload at one device's Autocast key.
 
-    It follows the table where `in_force` says so; elsewhere it does what PyTorch does
-    there on its own: `native` is the category of PyTorch's kernel, or none.
+    It follows the table where `in_force` says so. Elsewhere PyTorch's own kernel is
+    called, with its cache of casts and whatever else it does there; where PyTorch has
+    none, the operator is left to itself.
     """
 
     __slots__ = (
@@ -108,7 +109,6 @@ class OperatorKernel:
         op: OpOverload,
         device_type: str,
         *,
-        native: Category | None,
         in_force: Callable[[], bool],
     ) -> None:
         key = getattr(torch._C.DispatchKey, autocast_key(device_type))  # noqa: SLF001 -- dispatch keys have no public name
@@ -122,8 +122,8 @@ class OperatorKernel:
             for place, argument in enumerate(op._schema.arguments)  # noqa: SLF001 -- as above
             if str(argument.type) == "Tensor" and not argument.kwarg_only
         ]
-        self._native = None if native is None else _run_of(op, device_type, native)
-        self._run = self._native
+        self._native = _kernel_before(op, key)
+        self._run: Run | None = None
 
     def follow(self, category: Category) -> None:
         """Treat inputs as the category says from now on."""
@@ -131,7 +131,10 @@ class OperatorKernel:
 
     def __call__(self, keyset: Any, *args: Any, **kwargs: Any) -> Any:
         """Called by the dispatcher, which passes the keys still to be served."""
-        run = self._run if self._in_force() else self._native
+        in_force = self._in_force()
+        if self._native is not None and not in_force:
+            return self._native(keyset, *args, **kwargs)
+        run = self._run if in_force else None
         if run is None and not self._has_number_for_tensor(args):
             return self._op.redispatch(keyset & self._below, *args, **kwargs)
         # Operators inside this one are not cast again, as in PyTorch's own kernels.
@@ -145,6 +148,15 @@ class OperatorKernel:
             for place in self._tensors_at
             if place < len(args)
         )
+
+
+def _kernel_before(op: OpOverload, key: Any) -> Callable[..., Any] | None:
+    """The kernel at a dispatch key, as it is before ours stands there; none if none."""
+    name = op.name()  # type: ignore[no-untyped-call]
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(name, key.name):  # noqa: SLF001 -- dispatch keys have no public name
+        return None
+    call: Callable[..., Any] = torch.library.get_kernel(op, key).call_boxed
+    return call
 
 
 # Dynamo captures the operator, not how its call is cast. Where it gives a frame up (a
