@@ -22,7 +22,7 @@ them the times at a rate are left out, and the model alone speaks).
 The model: a step takes what it takes without a network, plus wire bytes over the rate.
 `pays below` is the rate at which that of `none` is as long.
 
-    python benchmarks/compression.py --json docs/accepted/compression.json
+    python benchmarks/compression.py --json docs/accepted/compression.json --page
     python benchmarks/compression.py --steps 4 --seeds 1 --rates 100 --turns 2
 """
 
@@ -42,11 +42,13 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 -- its name everywhere
+from page_tables import filled, markdown
 from torch import Tensor, distributed, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -54,6 +56,7 @@ from torch.nn.parallel import DistributedDataParallel
 import castwise as cw
 from castwise.distributed.replication import feedback_of, replicate
 
+PAGE = Path(__file__).parents[1] / "docs" / "distributed.md"
 NUM_RANKS, VOCABULARY, LENGTH = 2, 256, 64
 START = 10  # steps that every powersgd sends whole, ours and torch's
 OURS = (
@@ -299,25 +302,30 @@ def pays_below(found: dict[str, Any], way: str) -> float | None:
     return None if dearer <= 0 else saved / dearer
 
 
-def table(found: dict[str, Any], rates: list[float]) -> str:
-    """What was found, as rows of a page."""
-    measured = [rate for rate in rates if str(rate) in found["none"]["seconds"]]
+def table(record: Mapping[str, Any]) -> str:
+    """What was found, as rows of the page."""
+    found = record["ways"]
+    rates = [
+        rate
+        for rate in record["settings"]["rates"]
+        if str(rate) in found["none"]["seconds"]
+    ]
     heads = ["way", "loss, nats a byte", "payload, kB", "wire, kB", "step, ms"]
-    heads += [f"at {rate:g} Mbit/s, ms (model)" for rate in measured]
+    heads += [f"at {rate:g} Mbit/s, ms (model)" for rate in rates]
     heads += ["pays below, Mbit/s"]
-    rows = [heads, ["---"] * len(heads)]
+    rows = []
     for way, each in found.items():
         losses, free = each["losses"], each["seconds"]["None"]
         spread = f"{min(losses):.3f} to {max(losses):.3f}"
-        payload = "" if each["payload"] is None else f"{each['payload'] / 1e3:.0f}"
-        row = [way, spread, payload, f"{each['wire'] / 1e3:.0f}", f"{1e3 * free:.0f}"]
-        for rate in measured:
+        payload = "" if each["payload"] is None else f"{each['payload'] / 1e3:,.0f}"
+        row = [way, spread, payload, f"{each['wire'] / 1e3:,.0f}", f"{1e3 * free:.0f}"]
+        for rate in rates:
             model = free + 8 * each["wire"] / (1e6 * rate)
             row.append(f"{1e3 * each['seconds'][str(rate)]:.0f} ({1e3 * model:.0f})")
         most = None if way == "none" else pays_below(found, way)
-        row.append("" if way == "none" else "always" if most is None else f"{most:.0f}")
-        rows.append(row)
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        pays = "always" if most is None else f"{most:,.0f}"
+        rows.append([*row, "" if way == "none" else pays])
+    return markdown(heads, rows)
 
 
 def in_own_network(script: list[str]) -> bool:
@@ -347,6 +355,7 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=2)
     parser.add_argument("--rows", type=int, default=8, help="of each rank and step")
     parser.add_argument("--json", type=Path, help="where the figures are kept")
+    parser.add_argument("--page", action="store_true", help="fill the table there")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if not args.inside and not in_own_network(sys.argv):
@@ -371,18 +380,22 @@ def main() -> None:
     found = out.get()
     for each in ranks:
         each.join()
-    print(table(found, args.rates))
+    record = {
+        "date": dt.datetime.now(dt.UTC).date().isoformat(),
+        "torch": torch.__version__,
+        "machine": platform.processor() or platform.machine(),
+        "settings": {
+            key: value
+            for key, value in vars(args).items()
+            if key not in {"json", "text", "page"}
+        },
+        "ways": found,
+    }
+    print(table(record))
     if args.json:
-        facts = {
-            "date": dt.datetime.now(dt.UTC).date().isoformat(),
-            "torch": torch.__version__,
-            "machine": platform.processor() or platform.machine(),
-            "settings": {
-                k: v for k, v in vars(args).items() if k not in {"json", "text"}
-            },
-            "ways": found,
-        }
-        args.json.write_text(json.dumps(facts, indent=1) + "\n")
+        args.json.write_text(json.dumps(record, indent=1) + "\n")
+    if args.page:
+        PAGE.write_text(filled(PAGE.read_text(), {"compression": table(record)}))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,15 @@ RECORDS = Path(__file__).parents[2] / "docs" / "accepted"
 
 
 @pytest.mark.parametrize(
-    "name", ["saves", "recompute", "estimate", "static_scale", "fused_kernels"]
+    "name",
+    [
+        "compression",
+        "estimate",
+        "fused_kernels",
+        "recompute",
+        "saves",
+        "static_scale",
+    ],
 )
 def test_a_page_says_what_the_record_says(name: str) -> None:
     """Whoever changes one of the two changes both."""
