@@ -184,6 +184,15 @@ def test_gradients_that_are_not_finite_suggest_nothing() -> None:
         flow.suggest_scale()
 
 
+def test_where_nothing_is_low_no_scale_is_needed() -> None:
+    """In fp32 a loss scale has no work to do, and the suggestion says so."""
+    torch.manual_seed(0)
+    flow = flow_of(Llama(), rows(2, 7, WIDTH), policy="32-true")
+    assert not flow.telling
+    assert flow.suggest_scale().value == 1
+    assert "comes in a low format" in flow.summary()
+
+
 def test_a_flow_is_read_by_module_and_from_its_record() -> None:
     """Findings go to reports as plain values, by module."""
     torch.manual_seed(0)

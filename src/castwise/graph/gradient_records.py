@@ -106,6 +106,8 @@ class GradientFlow:
                 f"need finite gradients to suggest a scale, got infinities or NaNs in "
                 f"{bad[0]}; diagnose the model first"
             )
+        if self.highest is None:
+            return Decision(1.0, "no gradient that is not zero comes in a low format")
         most = math.log2(self.largest_scale(fmt))
         bits = min(most - margin_bits, _LARGEST_SCALE)
         scale = 2.0**bits
