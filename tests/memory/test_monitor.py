@@ -71,6 +71,44 @@ def test_a_span_that_fails_is_still_read(monitor: MemoryMonitor) -> None:
     assert [reading.name for reading in monitor.readings] == ["broken", "after"]
 
 
+class Glutton(torch.nn.Module):
+    """Holds 200 MB for a moment, as no other module of its net does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return what came."""
+        spike()
+        return x
+
+
+def test_the_module_that_takes_the_memory_is_told_apart(monitor: MemoryMonitor) -> None:
+    """By the peak of its own forward, and of those that hold it; hooks go away."""
+    inner = torch.nn.Sequential(torch.nn.Linear(3, 3), Glutton())
+    net = torch.nn.Sequential(inner, torch.nn.Linear(3, 3))
+    before = monitor.now_bytes()
+    with monitor.modules(net):
+        net(torch.ones(2, 3)).sum().backward()
+    net(torch.ones(2, 3))
+    peaks = {each.name: each.peak_bytes - before for each in monitor.readings}
+    assert list(peaks) == ["0.0", "0.1", "0", "1", "(model)"]
+    assert {name for name, peak in peaks.items() if peak >= 190 * MB} == {
+        "0.1",
+        "0",
+        "(model)",
+    }
+    assert max(peaks["0.0"], peaks["1"]) <= 20 * MB
+
+
+def test_a_module_that_fails_closes_its_span(monitor: MemoryMonitor) -> None:
+    """And those around it, so that later spans are not inside of them."""
+    net = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(4, 4))
+    with pytest.raises(RuntimeError), monitor.modules(net):
+        net(torch.ones(2, 3))
+    with monitor.span("after"):
+        pass
+    names = [reading.name for reading in monitor.readings]
+    assert names == ["0", "1", "(model)", "after"]
+
+
 def test_what_is_held_counts_as_now(monitor: MemoryMonitor) -> None:
     """Now follows a tensor that stays, and falls when it goes."""
     before = monitor.now_bytes()

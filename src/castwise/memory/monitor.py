@@ -35,6 +35,8 @@ from castwise.errors import SettingsError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from torch import nn
+
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"  # see proc(5)
@@ -116,21 +118,52 @@ class MemoryMonitor:
         Args:
             name: Name of the reading that is added to `readings` at the end.
         """
-        self.reset_peak()
-        self._open.append(0)
+        self._begin()
         try:
             yield
         finally:
-            now, peak = self.now_bytes(), self.peak_bytes()
-            reading = MemoryReading(
-                name=name,
-                now_bytes=now,
-                peak_bytes=max(self._open.pop(), peak, now),
-                resettable=self.resettable,
-                source=self.source.value,
+            self._end(name)
+
+    @contextmanager
+    def modules(self, model: nn.Module) -> Iterator[None]:
+        """Make a span of every forward of every module, named by its fqn.
+
+        A module's span holds those of its children; the model itself is "(model)". One
+        that runs again for a recompute is read again. Backward passes are no spans:
+        what they hold is told by `lifetimes`, and by a span around all of them.
+
+        Args:
+            model: not compiled, since compiled code calls no modules.
+        """
+        handles = []
+        for fqn, module in model.named_modules():
+            name = fqn or "(model)"
+            begin = module.register_forward_pre_hook(lambda *_: self._begin())
+            end = module.register_forward_hook(
+                lambda *_, name=name: self._end(name), always_call=True
             )
-            self._readings.append(reading)
-            self._open = [max(seen, reading.peak_bytes) for seen in self._open]
+            handles += [begin, end]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _begin(self) -> None:
+        self.reset_peak()
+        self._open.append(0)
+
+    def _end(self, name: str) -> None:
+        now, peak = self.now_bytes(), self.peak_bytes()
+        reading = MemoryReading(
+            name=name,
+            now_bytes=now,
+            peak_bytes=max(self._open.pop(), peak, now),
+            resettable=self.resettable,
+            source=self.source.value,
+        )
+        self._readings.append(reading)
+        self._open = [max(seen, reading.peak_bytes) for seen in self._open]
 
 
 def steady_allocator() -> Decision[bool]:
