@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from castwise.checkpoints.container import read_checkpoint
@@ -64,15 +65,15 @@ def wait_for_checkpoints(
         time.sleep(0.01)
 
 
-def send_to_rank_one(torchrun: int, what: signal.Signals) -> None:
+def send_to_rank(rank: int, torchrun: int, what: signal.Signals) -> None:
     """Send a signal to one process, as the kernel does when memory is short."""
     children = Path(f"/proc/{torchrun}/task/{torchrun}/children").read_text()
     for child in map(int, children.split()):
         environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
-        if b"RANK=1" in environment:
+        if f"RANK={rank}".encode() in environment:
             os.kill(child, what)
             return
-    raise AssertionError("there is no rank 1")
+    raise AssertionError(f"there is no rank {rank}")
 
 
 def assert_same_end(one: Path, other: Path) -> None:
@@ -95,11 +96,13 @@ def assert_same_end(one: Path, other: Path) -> None:
 
 
 def bits_of(tree: Any) -> Any:
-    """A tree whose tensors are bytes."""
+    """A tree whose tensors and arrays are bytes."""
     if isinstance(tree, Mapping):
         return {name: bits_of(each) for name, each in tree.items()}
     if isinstance(tree, list | tuple):
         return [bits_of(each) for each in tree]
+    if isinstance(tree, np.ndarray):
+        return tree.tobytes()
     if not isinstance(tree, torch.Tensor):
         return tree
     return tree.contiguous().flatten().view(torch.uint8).numpy().tobytes()

@@ -3,97 +3,126 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 from castwise.checkpoints.container import read_checkpoint
-from castwise.training.journal import Record, read_journal
+from castwise.cli import root
+from castwise.training.journal import Record
+from torchrun_runs import (
+    LAST_BITS,
+    SECONDS,
+    TRAIN,
+    assert_same_end,
+    bits_of,
+    finished,
+    journal_of,
+    send_to_rank,
+    started,
+    wait_for_checkpoints,
+)
 
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-TRAIN = ["-m", "castwise", "train"]
-SECONDS = 280
-LAST_BITS = 2e-6
-"""Of a loss in fp32 after a few steps; measured: 1e-7."""
-
-
-def started(*words: str, data: Path, ranks: int = 2) -> subprocess.Popen[str]:
-    """Start a command, alone or on two processes."""
-    launcher = TORCHRUN if ranks == 2 else []
-    return subprocess.Popen(
-        [sys.executable, *launcher, *words, "--threads", "1", "--data", str(data)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-
-
-def finished(process: subprocess.Popen[str], code: int = 0) -> str:
-    """Wait for a process, and return what it said."""
-    try:
-        told, _ = process.communicate(timeout=SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        raise
-    assert (process.returncode == 0) == (code == 0), told
-    return told
-
-
-def journal_of(folder: Path, event: str) -> list[Record]:
-    """Lines of one kind."""
-    return [record for record in read_journal(folder) if record.event == event]
+LANGUAGE = """
+text: {sequence_length: 24, batch_size: 4}
+model: {dim: 16, num_blocks: 2, num_chains: 5, hidden: 24, num_heads: 2}
+training: {num_validation: 6, log_every: 2}
+"""
+STEPS = {"kenken": 20, "resolvent_lm": 80}
+FIRST = {"kenken": [10, 20], "resolvent_lm": [2, 4]}
+"""Lines in which runs are compared; AdamW makes more of a last bit with every step."""
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where puzzles are cached for all runs."""
-    return tmp_path_factory.mktemp("data")
+    """Where puzzles and tokens are cached for all runs, and a config stands."""
+    place = tmp_path_factory.mktemp("data")
+    (place / "small.yaml").write_text(LANGUAGE)
+    return place
+
+
+def words_of(recipe: str, data: Path, out: Path, *more: str) -> list[str]:
+    """A run in fp32 that saves five times."""
+    steps = STEPS[recipe]
+    size = {
+        "kenken": ("--preset", "tiny"),
+        "resolvent_lm": ("--config", str(data / "small.yaml")),
+    }[recipe]
+    return [
+        *(recipe, *size, "--precision", "32-true", "--out", str(out)),
+        *("--steps", str(steps), "--evaluate-every", str(steps)),
+        *("--checkpoint-every", str(steps // 5), "--keep-last", "9", *more),
+    ]
+
+
+Replicas = Callable[[str], tuple[Path, str]]
+
+
+@pytest.fixture(scope="module")
+def replicas(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Replicas:
+    """Runs under DDP that nobody disturbs, one for each recipe, and what they said."""
+
+    @cache
+    def run(recipe: str) -> tuple[Path, str]:
+        out = tmp_path_factory.mktemp("replicas") / recipe
+        words = words_of(recipe, data, out, "--strategy", "ddp")
+        return out, finished(started(*TRAIN, *words, data=data))
+
+    return run
 
 
 @pytest.mark.slow
-def test_two_processes_reach_the_loss_of_one(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("recipe", STEPS)
+def test_two_processes_reach_the_loss_of_one(
+    replicas: Replicas, data: Path, tmp_path: Path, recipe: str
+) -> None:
     """By DDP, in fp32, to the last bits: one display, one report, one journal."""
-    words = [*TRAIN, "kenken", "--preset", "tiny", "--dtype", "fp32", "--steps", "20"]
-    alone = started(*words, "--out", str(tmp_path / "1"), data=data, ranks=1)
-    finished(alone)
-    told = finished(
-        started(*words, "--strategy", "ddp", "--out", str(tmp_path / "2"), data=data)
-    )
-    expected = journal_of(tmp_path / "1", "train")
-    found = journal_of(tmp_path / "2", "train")
-    assert [record.step for record in found] == [10, 20]
-    for one, other in zip(expected, found, strict=True):
-        for name in ("loss", "accuracy"):
-            assert other.values[name] == pytest.approx(one.values[name], rel=LAST_BITS)
-    (epoch,) = journal_of(tmp_path / "2", "epoch")
-    assert epoch.values["validation_loss"] == pytest.approx(
-        journal_of(tmp_path / "1", "epoch")[0].values["validation_loss"], rel=1e-5
-    )
-    assert told.count("in force") == told.count("step 20/20 100%") - 1 == 1
-    assert told.count("report:") == 1
-    assert (tmp_path / "2" / "report.html").stat().st_size > 10_000
-    (last,) = (tmp_path / "2" / "checkpoints").glob("*-step-20.*")
+    folder, told = replicas(recipe)
+    words = words_of(recipe, data, tmp_path / "one", "--threads", "1")
+    alone = ["train", *words, "--data", str(data)]
+    assert root.main(alone, standalone_mode=False) == 0
+    for step in FIRST[recipe]:
+        (one,), (two,) = (
+            [each for each in journal_of(run, "train") if each.step == step]
+            for run in (tmp_path / "one", folder)
+        )
+        assert two.values["loss"] == pytest.approx(one.values["loss"], rel=LAST_BITS)
+    steps = STEPS[recipe]
+    assert told.count("in force") == told.count("report:") == 1
+    assert len(re.findall(rf"step {steps}/{steps} 100%", told)) == 2  # and validation
+    assert len(journal_of(folder, "epoch")) == 1
+    assert (folder / "report.html").stat().st_size > 10_000
+    (last,) = (folder / "checkpoints").glob(f"*-step-{steps}.*")
     assert read_checkpoint(last)[1]["facts"]["num_ranks"] == 2
 
 
-def kill_rank_one(torchrun: int) -> None:
-    """SIGKILL, as the kernel does when memory is short."""
-    children = Path(f"/proc/{torchrun}/task/{torchrun}/children").read_text()
-    for child in map(int, children.split()):
-        environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
-        if b"RANK=1" in environment:
-            os.kill(child, signal.SIGKILL)
-            return
-    raise AssertionError("there is no rank 1")
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", STEPS)
+def test_a_killed_replica_costs_no_bit(
+    replicas: Replicas, data: Path, tmp_path: Path, recipe: str
+) -> None:
+    """The rank that writes is killed; torchrun starts all of them again."""
+    words = words_of(recipe, data, tmp_path / "killed", "--strategy", "ddp")
+    process = started("--max-restarts", "1", *TRAIN, *words, data=data)
+    wait_for_checkpoints(process, tmp_path / "killed", 2)
+    send_to_rank(0, process.pid, signal.SIGKILL)
+    assert "exitcode: -9" in finished(process)
+    whole, _ = replicas(recipe)
+    assert_same_end(whole, tmp_path / "killed")
+    names = [
+        [path.name for path in sorted((run / "checkpoints").glob("0*"))]
+        for run in (whole, tmp_path / "killed")
+    ]
+    assert names[0] == names[1]  # had it begun anew, their numbers would have gone on
+    assert len(names[0]) == 5
 
 
 @pytest.mark.slow
@@ -119,23 +148,15 @@ def test_a_killed_rank_costs_nothing_that_was_reported_saved(
         assert process.poll() is None, finished(process)
         assert time.monotonic() < deadline
         time.sleep(0.01)
-        if (killed / "metrics.jsonl").exists():
-            reported = journal_of(killed, "saved")
-    kill_rank_one(process.pid)
+        reported = journal_of(killed, "saved")
+    send_to_rank(1, process.pid, signal.SIGKILL)
     for record in reported:
         read_checkpoint(killed / "checkpoints" / record.values["checkpoint"])
-    told = finished(process)
-    assert "exitcode: -9" in told
+    assert "exitcode: -9" in finished(process)
     names = [path.name for path in sorted((whole / "checkpoints").glob("0*"))]
-    # had it begun anew, the numbers in front would have gone on
     assert names == [path.name for path in sorted((killed / "checkpoints").glob("0*"))]
     assert names[-1] == "0008-step-24.sharded"
-    for part in ("part-00000.safetensors", "part-00001.safetensors"):
-        one, other = (
-            (run / "checkpoints" / names[-1] / part).read_bytes()
-            for run in (whole, killed)
-        )
-        assert one == other
+    assert_same_end(whole, killed)
     steps = [record.step for record in journal_of(killed, "train")]
     assert steps == [10, 20]
 
@@ -166,23 +187,92 @@ def test_what_compression_owes_is_in_the_checkpoint(data: Path, tmp_path: Path) 
     assert trees[0]["facts"]["compress"] == "powersgd:rank=2,start=2"
 
 
-def bits_of(tree: Any) -> Any:
-    """A tree whose tensors are bytes."""
-    if isinstance(tree, Mapping):
-        return {name: bits_of(each) for name, each in tree.items()}
-    return tree.numpy().tobytes() if isinstance(tree, torch.Tensor) else tree
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("kenken",), "2 processes were started and would each train the same"),
+        (
+            ("resolvent_lm", "--config", "odd.yaml", "--strategy", "fsdp"),
+            "got text.batch_size 3",
+        ),
+        (
+            ("soliton_lm", "--strategy", "ddp", "--devices", "3"),
+            "torchrun has started 2 processes on this machine",
+        ),
+        (("kenken", "--strategy", "ddp", "--steps", "0"), "num_steps"),
+    ],
+)
+def test_mistakes_are_told_once(
+    data: Path, tmp_path: Path, words: tuple[str, ...], said: str
+) -> None:
+    """By one of the processes, with the remedy; and nobody waits for anybody."""
+    odd = tmp_path / "odd.yaml"
+    odd.write_text("text: {batch_size: 3, sequence_length: 33}\n")
+    named = [str(odd) if word == "odd.yaml" else word for word in words]
+    place = ("--out", str(tmp_path / "x"))
+    told = finished(started(*TRAIN, *named, *place, data=data), code=1)
+    assert told.count(said) == told.count("castwise: ") == 1
+
+
+def test_one_process_cannot_be_replicas(data: Path) -> None:
+    """Who starts them is named."""
+    words = (*TRAIN, "kenken", "--preset", "tiny", "--strategy", "ddp")
+    told = finished(started(*words, data=data, ranks=1), code=2)
+    assert "start them by torchrun --nproc-per-node N" in told
+
+
+ODD_ONE = """
+import os, sys
+import castwise
+own = {own!r} if os.environ["RANK"] == "1" else []
+if own == ["another version"]:
+    castwise.__version__, own = "0.0.0", []
+from castwise.cli import main
+main(["train", "kenken", "--preset", "tiny", "--strategy", "ddp", *own, *sys.argv[1:]])
+"""
 
 
 @pytest.mark.slow
-def test_mistakes_are_told_once(data: Path, tmp_path: Path) -> None:
-    """By rank 0, with the remedy; and nobody waits for anybody."""
-    words = [*TRAIN, "kenken", "--preset", "tiny", "--out", str(tmp_path / "x")]
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [
+        (["another version"], "rank 1 has 'castwise 0.0.0' where rank 0 has"),
+        (["--precision", "16-mixed"], "rank 1 has 'default: p=fp32,c=fp16"),
+        (["--seed", "3"], "rank 1 has 'seed = 3' where rank 0 has 'seed = 0'"),
+    ],
+)
+def test_a_rank_that_was_started_otherwise_is_named(
+    data: Path, tmp_path: Path, own: list[str], said: str
+) -> None:
+    """Version, policy and settings; rank 0 says it, and all end."""
+    script = tmp_path / "odd_one.py"
+    script.write_text(ODD_ONE.format(own=own))
+    words = (str(script), "--out", str(tmp_path / "x"))
     told = finished(started(*words, data=data), code=1)
-    assert told.count("2 processes were started and would each train the same") == 1
-    alone = started(*words, "--strategy", "ddp", data=data, ranks=1)
-    assert "start them by torchrun --nproc-per-node N" in finished(alone, code=2)
-    config = tmp_path / "odd.yaml"
-    config.write_text("text: {batch_size: 3, sequence_length: 33}\n")
-    words = [*TRAIN, "resolvent_lm", "--config", str(config), "--strategy", "fsdp"]
-    told = finished(started(*words, "--out", str(tmp_path / "y"), data=data), code=1)
-    assert told.count("got text.batch_size 3") == 1
+    assert told.count(said) == 1
+    assert told.count("this rank stops too") == 1
+    assert not list(tmp_path.glob("x/checkpoints/*"))
+
+
+def test_a_missing_rank_is_named_in_time(tmp_path: Path) -> None:
+    """Two were announced and one came; it does not wait for ever."""
+    with_no_one = {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "0",  # any that is free
+        "CASTWISE_MEET_SECONDS": "0.2",
+    }
+    words = ["kenken", "--preset", "tiny", "--strategy", "ddp"]
+    found = subprocess.run(
+        [sys.executable, *TRAIN, *words, "--out", str(tmp_path / "x")],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=SECONDS,
+        env={**os.environ, **with_no_one, "OMP_NUM_THREADS": "1"},
+    )
+    assert found.returncode == 2
+    assert "2 ranks must be there within 0.2 s and rank 1 is missing" in found.stderr

@@ -20,14 +20,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import distributed
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+from torch.distributed import DistNetworkError, DistStoreError
 
-from castwise.errors import CastwiseError, SettingsError
+from castwise.distributed.roll_call import TIMEOUT, RollCall
+from castwise.errors import CastwiseError, RanksError, SettingsError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 _T = TypeVar("_T")
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_PATIENCE = "CASTWISE_MEET_SECONDS"
 USER_ERROR = 2
 
 
@@ -119,13 +122,23 @@ def joined(ranks: Ranks, device_type: str) -> Iterator[Ranks]:
     Args:
         ranks: What `launched` found.
         device_type: Where weights and gradients are.
+
+    Raises:
+        RanksError: A rank is missing, or nobody answers where they meet.
     """
     if device_type == "cuda":
         torch.cuda.set_device(ranks.local_rank)
     backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+    store = _store(ranks)
+    RollCall(
+        store=PrefixStore("meet", store),
+        rank=ranks.rank,
+        num_ranks=ranks.num_ranks,
+        timeout=_seconds(),
+    ).meet()
     distributed.init_process_group(
         backend,
-        store=_store(ranks),
+        store=store,
         rank=ranks.rank,
         world_size=ranks.num_ranks,
     )
@@ -144,10 +157,33 @@ def _store(ranks: Ranks) -> Store:
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     is_agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = TCPStore(
-        host, port, ranks.num_ranks, is_master=ranks.is_first and not is_agents
-    )
+    try:
+        store = TCPStore(
+            host,
+            port,
+            is_master=ranks.is_first and not is_agents,
+            timeout=timedelta(seconds=_seconds()),
+            wait_for_workers=False,  # it would not say who is missing
+        )
+    except (DistNetworkError, DistStoreError) as error:
+        raise RanksError(
+            f"rank {ranks.rank} of {ranks.num_ranks} needs somebody to answer at "
+            f"{host}:{port} within {_seconds():g} s, and nobody does; see why rank 0 "
+            "is not there"
+        ) from error
+    store.set_timeout(timedelta(seconds=TIMEOUT))
     return PrefixStore(f"castwise/{ranks.num_restarts}", store)
+
+
+def _seconds() -> float:
+    """How long the ranks wait for each other before they begin."""
+    asked = os.environ.get(_PATIENCE, "")
+    try:
+        return float(asked) if asked else TIMEOUT
+    except ValueError as error:
+        raise SettingsError(
+            f"{_PATIENCE} needs a number of seconds, got {asked!r}"
+        ) from error
 
 
 def from_first(ranks: Ranks, make: Callable[[], _T]) -> _T:

@@ -213,6 +213,17 @@ def credentials(
         policy: What runs in which format; its name does not count.
         settings: More that must be the same, such as the size of the global batch.
     """
+    return {
+        **versions(),
+        "policy": replace(policy, name="compared").to_yaml().splitlines(),
+        "settings": [f"{key} = {value}" for key, value in (settings or {}).items()],
+        "weights": [_line(*each) for each in model.named_parameters()],
+        "buffers": [_line(*each) for each in model.named_buffers()],
+    }
+
+
+def versions() -> _Credentials:
+    """Return what can be compared before there is a model or a policy."""
     from castwise import __version__  # noqa: PLC0415 -- the package itself, not a room
 
     return {
@@ -220,11 +231,7 @@ def credentials(
             f"castwise {__version__}",
             f"torch {torch.__version__}",
             f"python {platform.python_version()}",
-        ],
-        "policy": replace(policy, name="compared").to_yaml().splitlines(),
-        "settings": [f"{key} = {value}" for key, value in (settings or {}).items()],
-        "weights": [_line(*each) for each in model.named_parameters()],
-        "buffers": [_line(*each) for each in model.named_buffers()],
+        ]
     }
 
 

@@ -12,23 +12,27 @@ is none yet.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
 
 from castwise.decision import Decision
 from castwise.distributed.ranks import Ranks, from_first, joined, launched
+from castwise.distributed.roll_call import RollCall, versions
 from castwise.errors import SettingsError
 from castwise.hybrid import HybridSettings
 from castwise.training.display import Display, open_display
 from castwise.training.journal import Journal
 from castwise.training.run_folder import RunFolder, open_run_folder
 from castwise.training.strategy import Strategy
+
+if TYPE_CHECKING:
+    from castwise.policy import Policy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,6 +83,26 @@ class Launch:
         """Return the one progress display of the run; none on other ranks."""
         return open_display(num_steps, title, quiet=not self.ranks.is_first)
 
+    def agree(self, settings: Mapping[str, Any], policy: Policy) -> None:
+        """Stop all processes unless all were started with the same settings.
+
+        Versions, strategies, settings and policies are compared before anything is
+        made; models, which `Strategy.forward_of` compares, do not exist yet.
+
+        Args:
+            settings: Of the run, as they describe themselves.
+            policy: The precision that was asked for.
+
+        Raises:
+            RanksError: On every rank; rank 0 says what differs.
+        """
+        if self.ranks.num_ranks == 1:
+            return
+        lines = replace(policy, name="compared").to_yaml().splitlines()
+        RollCall.in_group().agree(
+            versions() | {"settings": [*_lines(settings)], "policy": lines}
+        )
+
     def refuse_phases(self, hybrid: HybridSettings | None) -> None:
         """Refuse to train in phases where no process holds whole weights.
 
@@ -112,6 +136,15 @@ class Launch:
             "num_ranks": self.ranks.num_ranks,
             "compress": self.strategy.compress,
         }
+
+
+def _lines(settings: Mapping[str, Any], section: str = "") -> Iterator[str]:
+    """Yield settings one by one, those of sections by the names of both."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _lines(value, f"{section}{name}.")
+        else:
+            yield f"{section}{name} = {value}"
 
 
 BEFORE: dict[str, int | str] = {
@@ -154,6 +187,9 @@ def open_launch(
         yield launch
         return
     with joined(strategy.ranks, own.value.type):
+        if strategy.ranks.num_ranks > 1:
+            flags = [f"--strategy {strategy.name}", f"--compress {strategy.compress}"]
+            RollCall.in_group().agree(versions() | {"flags": flags})
         yield launch
 
 

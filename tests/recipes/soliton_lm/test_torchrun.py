@@ -22,7 +22,7 @@ from torchrun_runs import (
     assert_same_end,
     finished,
     journal_of,
-    send_to_rank_one,
+    send_to_rank,
     started,
     wait_for_checkpoints,
 )
@@ -113,7 +113,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(place: Path) -> None
     more = ("--precision", "bf16-true", "--strategy", "fsdp", "--steps", "3000")
     process = started(*words_of(place, "stopped", *more), data=place / "data")
     wait_for_checkpoints(process, place / "stopped", 1)
-    send_to_rank_one(process.pid, signal.SIGTERM)
+    send_to_rank(1, process.pid, signal.SIGTERM)
     told = finished(process, code=1)
     assert told.count("Stopped by SIGTERM after step") == 1
     last = max((place / "stopped" / "checkpoints").glob("0*"))

@@ -189,6 +189,7 @@ def _train(
         keep_last=place.keep_last,
     )
     plan = _plan(preset, changes, choice, optimizer, hybrid, launch, folder, shelf)
+    launch.agree(plan.settings.describe(), plan.policy.value)
     launch.refuse_phases(plan.hybrid)
     if plan.hybrid is not None and place.sentinel:
         raise SettingsError(

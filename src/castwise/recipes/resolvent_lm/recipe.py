@@ -134,6 +134,7 @@ def _train(asked: Asked, place: Place, launch: Launch) -> int:
         folder=folder.checkpoints, kind=RECIPE.kind, keep_last=place.keep_last
     )
     plan = _plan(asked, folder, shelf, launch)
+    launch.agree(plan.settings.describe(), plan.policy.value)
     if place.num_threads is not None:
         torch.set_num_threads(place.num_threads)
     with ExitStack() as stack:

@@ -137,6 +137,7 @@ def _train(asked: Asked, place: Place, launch: Launch) -> int:
         folder=folder.checkpoints, kind=RECIPE.kind, keep_last=place.keep_last
     )
     plan, start = _plan(asked, folder, shelf, launch)
+    launch.agree(plan.settings.describe(), plan.policy.value)
     if place.num_threads is not None:
         torch.set_num_threads(place.num_threads)
     with ExitStack() as stack:
@@ -213,7 +214,6 @@ def _build(
     model = build_model(
         settings.model, supply.tokenizer.vocab_size, settings.text.sequence_length
     )
-    spread.refuse_strangers(launch, model, plan.policy.value)
     compiled = compile_decision(training.compile, device.value)
     measured = {
         **_measured(plan, model, batches, device.value),

@@ -14,22 +14,17 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
 
 from castwise.decision import Decision
 from castwise.distributed.ranks import ALONE, launched
-from castwise.distributed.roll_call import RollCall, credentials
 from castwise.errors import SettingsError
 from castwise.recipes.launch import Launch, open_launch
 from castwise.training.run_folder import RunFolder, open_run_folder
 from castwise.training.strategy import Strategy
-
-if TYPE_CHECKING:
-    from castwise.policy import Policy
 
 _FOLDER = "CASTWISE_RUN_FOLDER"  # how processes that Lightning starts learn of it
 _UNDER_TORCHRUN = {"auto": "ddp", "ddp": "ddp", "fsdp": "fsdp"}
@@ -124,13 +119,3 @@ def shape_for_trainer(devices: str | None) -> dict[str, Any]:
         )
     ranks = launched() or ALONE
     return {"devices": here, "num_nodes": ranks.num_ranks // here}
-
-
-def refuse_strangers(launch: Launch, model: nn.Module, policy: Policy) -> None:
-    """Stop all processes where one has another model, policy or version.
-
-    Raises:
-        RanksError: On every rank; rank 0 says what differs.
-    """
-    if launch.ranks.num_ranks > 1:
-        RollCall.in_group().agree(credentials(model, policy))
