@@ -20,9 +20,12 @@ belongs on a quiet machine.
     python benchmarks/graph.py --times inductor --turns 21
     python benchmarks/graph.py --planning           seconds to plan 32 layers
     python benchmarks/graph.py --recompilations     graphs captured when things change
+    python benchmarks/graph.py --ahead              casts left ahead of time, by stage
     python benchmarks/graph.py --gradients          loss scales, and what counting costs
     python benchmarks/graph.py --random 2000        random programs against float64
     python benchmarks/graph.py --seed 137           one random program and its error
+
+`--json docs/accepted/graph.json --page` keeps the figures, and writes the page.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ import copy
 import datetime as dt
 import gc
 import json
+import math
 import statistics
 import sys
 import time
@@ -40,6 +44,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import graph_casts
+import graph_page
 import graph_random
 import torch
 import torch.nn.functional as F  # noqa: N812 -- its name everywhere
@@ -416,7 +422,7 @@ def gradient_flows(name: str, num_turns: int) -> dict[str, Any]:
     """The gradients of one batch, and what counting them costs beside a plain step."""
     model, x = build(name), batch_of(name)[0]
     torch.compiler.reset()
-    flow = gradient_flow(model, (x, None), lambda loss, _: loss)
+    flow = gradient_flow(model, (x, None), lambda loss, _: loss, sample=None)
     runs = {"sampled": 4096, "counted whole": None}
     counters = {
         way: GradientCounter(model, cw.preset("16-mixed"), n) for way, n in runs.items()
@@ -441,6 +447,10 @@ def gradient_flows(name: str, num_turns: int) -> dict[str, Any]:
     }
     return {
         "summary": flow.summary(),
+        "largest gradient": flow.highest,
+        "largest scale": math.log2(flow.largest_scale()),
+        "suggested scale": math.log2(flow.suggest_scale().value),
+        "lost at scale 1, at 2^10": [flow.underflow(1.0), flow.underflow(2.0**10)],
         "plain, ms": 1e3 * statistics.median(taken["plain"]),
         **{f"slow-down, {way}": slower[way][1] for way in list(steps)[1:]},
         **{f"slow-down, {way}, quartiles": slower[way][::2] for way in list(steps)[1:]},
@@ -457,6 +467,7 @@ def main() -> int:
     parser.add_argument("--planning", action="store_true")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--recompilations", action="store_true")
+    parser.add_argument("--ahead", action="store_true")
     parser.add_argument("--gradients", action="store_true")
     parser.add_argument("--random", type=int, metavar="NUMBER")
     parser.add_argument("--first", type=int, default=0, help="first seed of --random")
@@ -464,6 +475,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, help="run one random program, and show it")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, help="add the figures to this file")
+    parser.add_argument("--page", action="store_true", help="write docs/graph.md")
     settings = parser.parse_args()
     torch.set_num_threads(1)
     if settings.random or settings.seed is not None:
@@ -479,7 +491,10 @@ def main() -> int:
     if settings.json:
         file: Path = settings.json
         kept = json.loads(file.read_text()) if file.exists() else {}
-        file.write_text(json.dumps({**kept, kind: record}, indent=1) + "\n")
+        kept = {**kept, kind: record}
+        file.write_text(json.dumps(kept, indent=1) + "\n")
+        if settings.page:
+            graph_page.write_page(kept)
     return 0
 
 
@@ -499,6 +514,12 @@ def measured(settings: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """What was asked for, under the name that the record keeps it by."""
     if settings.recompilations:
         return "recompilations", recompilations()
+    if settings.ahead:
+        return "casts, ahead of time", {
+            name: graph_casts.casts_ahead(build(name), batch_of(name), loss_of(name))
+            for name in settings.models
+            if name in MODELS
+        }
     if settings.gradients:
         plain = [name for name in settings.models if name in MODELS]
         flows = {name: gradient_flows(name, settings.turns) for name in plain}

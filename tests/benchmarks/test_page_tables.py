@@ -6,6 +6,7 @@ import importlib
 import json
 from pathlib import Path
 
+import graph_page
 import pytest
 from page_tables import filled, markdown
 
@@ -29,6 +30,13 @@ def test_a_page_says_what_the_record_says(name: str) -> None:
     record = json.loads((RECORDS / f"{name}.json").read_text())
     page = bench.PAGE.read_text()
     assert filled(page, {name: bench.table(record)}) == page
+
+
+def test_the_tables_of_plans_are_those_of_their_record() -> None:
+    """Several tables of one page are made from one record."""
+    record = json.loads((RECORDS / "graph.json").read_text())
+    page = graph_page.PAGE.read_text()
+    assert filled(page, graph_page.tables(record)) == page
 
 
 def test_a_table_takes_the_place_of_the_one_before() -> None:
