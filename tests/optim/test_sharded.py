@@ -291,6 +291,41 @@ def test_replicas_do_not_step_by_gradients_of_their_own(two_ranks: TwoRanks) -> 
         assert "r=fp32" in wide
 
 
+def plain_replicas(rank: int, order: str) -> dict[str, Any]:
+    """Release gradients of a model in torch's own DDP, wrapped before or after that."""
+    model = net()
+    wrap = torch.nn.parallel.DistributedDataParallel
+    ddp = wrap(model) if order == "wrapped first" else None
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    held = hold_weights(optimizer, release_gradients=True)
+    ddp = ddp or wrap(model)
+    before = [each.detach().clone() for each in model.parameters()]
+    loss = ddp(torch.full((2, 64), 1.0 + rank).bfloat16()).float().square().mean()
+    said = ""
+    try:
+        loss.backward()
+    except WeightStorageError as error:
+        said = str(error)
+    stands = all(map(torch.equal, before, model.parameters()))
+    other = net()  # that no DDP has: each process may train it for itself
+    hold_weights(torch.optim.SGD(other.parameters(), lr=0.1), release_gradients=True)
+    other(torch.ones(2, 64).bfloat16()).float().square().mean().backward()
+    free = all(each.grad is None for each in other.parameters())
+    held.remove()
+    return {"said": said, "stands": stands, "others": free}
+
+
+@pytest.mark.parametrize("order", ["wrapped first", "wrapped last"])
+def test_plain_ddp_does_not_step_by_gradients_of_its_own(
+    two_ranks: TwoRanks, order: str
+) -> None:
+    """Torch's DDP says nothing and drifts apart; the first backward stops it."""
+    for found in two_ranks(plain_replicas, order):
+        assert "before DDP has summed the gradients of all" in found["said"]
+        assert found["stands"]
+        assert found["others"]
+
+
 def wide_gradients(rank: int) -> str:
     """Ask for gradients in a format that FSDP2 would not give."""
     del rank

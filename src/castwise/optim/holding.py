@@ -48,6 +48,7 @@ from castwise.optim.joined import (
     check_parameters,
     raise_states,
 )
+from castwise.optim.replicas import refuse_replicas
 from castwise.optim.shards import change_format, is_sharded, local, sharded_like
 from castwise.optim.state_formats import StateFormats
 from castwise.optim.storage import (
@@ -154,6 +155,7 @@ class HeldWeights:
         self._choose = choose
         self._grad_format = grad_format
         self._release_gradients = release_gradients
+        self._is_alone = False  # known at the first gradient that is released
         self._held: dict[int, HeldParameter] = {}
         self._hooks: list[Any] = []
         self._stepped = False
@@ -442,6 +444,9 @@ class HeldWeights:
     @torch.no_grad()
     def _step_one(self, parameter: torch.Tensor) -> None:
         """Step a parameter in the backward and free its gradient."""
+        if not self._is_alone:
+            refuse_replicas(parameter)
+            self._is_alone = True
         self._notice_foreign_writes()
         self._stepped = True
         for group in self.optimizer.param_groups:
