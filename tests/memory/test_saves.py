@@ -236,8 +236,9 @@ def test_a_change_in_place_is_refused_or_does_not_matter() -> None:
         def forward(self, x: torch.Tensor, *, small: bool) -> torch.Tensor:
             h = x[:2] * 1 if small else x * 1
             y = h * h
+            z = y.cos()  # saves the next one, and h is packed
             h.add_(1)
-            return y
+            return y + 0 * z
 
     x = torch.randn(64, 64, requires_grad=True)
     with store_saves(Keeps(), "fp16"):

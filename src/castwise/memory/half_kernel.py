@@ -68,6 +68,12 @@ def _has_instruction() -> bool:
     return bool(binding.get_host_cpu_features().get("f16c"))
 
 
+def runs_here(tensor: torch.Tensor) -> bool:
+    """Whether machine code of one thread may read a tensor, and is not outrun."""
+    alone = tensor.numel() <= _GRAIN or torch.get_num_threads() == 1
+    return type(tensor) is torch.Tensor and tensor.device.type == "cpu" and alone
+
+
 def narrowed(flat: torch.Tensor) -> tuple[torch.Tensor, int] | None:
     """Return a tensor in fp16 and the bits of its largest magnitude.
 
@@ -77,11 +83,8 @@ def narrowed(flat: torch.Tensor) -> tuple[torch.Tensor, int] | None:
     Returns:
         None where operators of torch have to do it.
     """
+    if not runs_here(flat) or not _has_instruction():
+        return None
     n = flat.numel()
-    alone = n <= _GRAIN or torch.get_num_threads() == 1
-    if type(flat) is not torch.Tensor or flat.device.type != "cpu" or not alone:
-        return None
-    if not _has_instruction():
-        return None
     low = torch.empty(n, dtype=torch.float16)
     return low, int(_narrow(flat.data_ptr(), low.data_ptr(), n))

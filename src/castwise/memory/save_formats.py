@@ -63,6 +63,9 @@ class Store(ABC):
     takes: frozenset[torch.dtype]
     """The formats of tensors that it takes; others are kept whole."""
 
+    halves: bool = False
+    """Whether two tensors take as much as one did, so that a pair may stay as one."""
+
     exact: bool = False
     """Whether what comes back has the same bits."""
 
@@ -80,6 +83,7 @@ class SixteenBits(Store):
     """
 
     takes = frozenset({torch.float32})
+    halves = True
 
     def __init__(self, fmt: str) -> None:
         self._dtype = DTYPES[fmt]
