@@ -122,9 +122,7 @@ def _flows(record: dict[str, Any]) -> Iterator[Row]:
     for key, name in NAMES.items():
         if key in record:
             flow = record[key]
-            lost = (
-                f"{100 * share:.2g} %" for share in flow["lost at scale 1, at 2^10"]
-            )
+            lost = map(_percent, flow["lost at scale 1, at 2^10"])
             yield (
                 name.partition(",")[0],
                 f"2^{flow['largest gradient']:.0f}",
@@ -135,7 +133,8 @@ def _flows(record: dict[str, Any]) -> Iterator[Row]:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.2g} %" if share < 0.1 else f"{100 * share:.0f} %"  # noqa: PLR2004 -- two digits
+    """A share in words, with two digits at most."""
+    return f"{100 * share:.2g} %" if share < 0.1 else f"{100 * share:.0f} %"
 
 
 def _flow_times(record: dict[str, Any]) -> Iterator[Row]:

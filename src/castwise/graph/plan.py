@@ -51,7 +51,7 @@ class PlannedNode:
     """The nodes that it takes, weights and other inputs of the graph left out."""
 
     is_known: bool = True
-    """Whether the planner knows the operator."""
+    """Whether the planner knows the operator, and it takes what was planned."""
 
     forward: str | None = None
     """What its forward computes in, where a stage rule takes it apart."""
@@ -220,7 +220,7 @@ class Plan:
 
     @property
     def unknown_ops(self) -> tuple[str, ...]:
-        """Operators that the planner does not know, and left as they were captured."""
+        """Operators left as captured: unknown ones, and those that refuse a plan."""
         nodes = (node for graph in self.graphs for node in graph.nodes)
         return tuple(sorted({node.op for node in nodes if not node.is_known}))
 

@@ -93,7 +93,7 @@ def choose(
     for _ in range(_MOST_TRIALS):
         calls = classify(graph, surroundings, opaque)
         for node, call in calls.items():
-            call.is_known = call.is_known and node.name not in left
+            call.is_known = call.is_known and node.name not in opaque
         aliases = find_aliases(calls)
         _leave_shared_views(calls, aliases)
         problem = Problem(calls, aliases)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_map
 
 from castwise.graph.demands import native_dtype
 from castwise.graph.values import is_floating, tensors_of, value_of
@@ -28,8 +29,8 @@ _TRIED = frozenset({"low", "fp32", "follows", "wide", "part"})
 def find_faults(problem: Problem, labels: list[Label], needs: Needs) -> dict[str, str]:
     """Try a plan on fakes; return the names of nodes that do not take it, and why."""
     trial = _Trial(problem, labels, needs)
-    mode = _fake_mode(problem) or contextlib.nullcontext()
-    with torch.no_grad(), mode:
+    mode = _fake_mode(problem)
+    with torch.no_grad(), mode or contextlib.nullcontext(), _without_guards(mode):
         for node, call in problem.calls.items():
             trial.run(node, call)
     return trial.faults
@@ -40,6 +41,14 @@ def _fake_mode(problem: Problem) -> FakeTensorMode | None:
     values = (tensors_of(value_of(node)) for node in problem.calls)
     fakes = (t for each in values for t in each if isinstance(t, FakeTensor))
     return next((fake.fake_mode for fake in fakes), None)
+
+
+def _without_guards(
+    mode: FakeTensorMode | None,
+) -> contextlib.AbstractContextManager[None]:
+    """A question about a size that only the trial asks must not fix it in the graph."""
+    sizes = None if mode is None else mode.shape_env
+    return contextlib.nullcontext() if sizes is None else sizes.suppress_guards()
 
 
 class _Trial:
@@ -65,6 +74,7 @@ class _Trial:
         except Exception as error:  # noqa: BLE001 -- whatever an operator raises, it refuses
             text = str(error).strip().partition("\n")[0]
             self.faults[node.name] = f"refuses the planned formats: {text}"
+            self._made[node] = self._as_planned(node)
             return
         if node in self._problem.var:
             self._made[node] = self._checked(node, made)
@@ -94,8 +104,23 @@ class _Trial:
                 self.faults[node.name] = (
                     f"makes {tensor.dtype}, where {planned} was planned"
                 )
-                return value_of(node)
+                return self._as_planned(node)
         held = self._problem.dtype(node, self._labels)
         if held != planned and isinstance(made, torch.Tensor):
             return made.to(held)
         return made
+
+    def _as_planned(self, node: fx.Node) -> Any:
+        """What a node that fails was to make: its users are tried as if it had."""
+        value = value_of(node)
+        if node not in self._problem.var:
+            return value
+        held = self._problem.dtype(node, self._labels)
+        return tree_map(
+            lambda each: (
+                each.to(held)
+                if isinstance(each, torch.Tensor) and is_floating(each)
+                else each
+            ),
+            value,
+        )
