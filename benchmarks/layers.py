@@ -243,7 +243,7 @@ def _bare(rows: int, length: int) -> tuple[Callable[[], Any], Callable[[], Any]]
     upstream = torch.randn(rows, length, dtype=torch.complex64)
     z = torch.full((rows,), 1j, dtype=torch.complex128)
     chain_ = resolvent_solve.Chain(d=d, k=one[None], z=z, causal=False)
-    inputs, held = resolvent_solve._kernel_inputs(chain_, wide=True)  # noqa: SLF001 -- to time what it calls
+    inputs, held = resolvent_solve._kernel_inputs(chain_, wide=True, num_fields=4)  # noqa: SLF001 -- to time what it calls
     kernel = resolvent_kernel.compiled()
     out, site = torch.empty_like(upstream), torch.empty_like(d)
     point = torch.empty_like(z)
@@ -251,7 +251,7 @@ def _bare(rows: int, length: int) -> tuple[Callable[[], Any], Callable[[], Any]]
     def ours() -> None:
         assert held  # addresses are no references
         kernel.forward(*inputs, out.data_ptr())
-        written = site.data_ptr(), 0, point.data_ptr()
+        written = site.data_ptr(), None, point.data_ptr()
         kernel.backward(*inputs, upstream.data_ptr(), *written)
 
     return ours, _resolvent_contenders(d, one, z[0])[1]["both, handwritten numba"]

@@ -1,13 +1,11 @@
-"""Eight numbers in one vector register, as a value of compiled code (numba).
+"""The numbers of one vector register, as a value of compiled code (numba).
 
-A loop over eight lanes is either unrolled into scalars by LLVM or carried through
-memory. Code that says `Lanes` means the register: `+ - * /` and unary minus work on
-all eight, LLVM takes two or four narrower registers where a processor has none of this
-width. Memory is reached by address, as `castwise.optim.addresses` does; whoever calls
-answers for what stands there.
-
-Chains lie row by row in memory, lanes want them site by site: `transposed` turns eight
-rows of eight numbers round, with three shuffles a row.
+A loop over lanes is either unrolled into scalars by LLVM or carried through memory.
+Code that says `Lanes` means a register of 64 bytes, that is eight numbers of fp64 or
+sixteen of fp32: `+ - * /` and unary minus work on all of them, LLVM takes two or four
+narrower registers where a processor has none of this width. Memory is reached by
+address, as `castwise.optim.addresses` does; whoever calls answers for what stands
+there.
 """
 
 from __future__ import annotations
@@ -19,6 +17,7 @@ from typing import Any, TypeVar, cast
 import numba
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import (
     intrinsic,
@@ -27,7 +26,7 @@ from numba.extending import (
     register_model,
 )
 
-NUM_LANES = 8
+WIDTH = 64  # bytes
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -45,10 +44,11 @@ def part(function: _Function) -> _Function:
 
 
 class LanesType(types.Type):
-    """The type of eight numbers of one format."""
+    """The type of a register full of numbers of one format."""
 
     def __init__(self, scalar: Any) -> None:
         self.scalar = scalar
+        self.count = WIDTH * 8 // scalar.bitwidth
         super().__init__(f"Lanes[{scalar}]")
 
 
@@ -56,13 +56,19 @@ FP64, FP32 = LanesType(types.float64), LanesType(types.float32)
 
 
 def lanes_of(scalar: Any) -> LanesType:
-    """Return the type of eight such numbers."""
+    """Return the type of a register of such numbers."""
     return FP64 if scalar == types.float64 else FP32
 
 
-def _vector(scalar: Any, length: int = NUM_LANES) -> ir.VectorType:
-    kind = ir.DoubleType() if scalar == types.float64 else ir.FloatType()
-    return ir.VectorType(kind, length)
+def element(scalar: Any) -> Any:
+    """Return what LLVM calls a number of this format."""
+    if scalar == types.int64:
+        return ir.IntType(64)
+    return ir.DoubleType() if scalar == types.float64 else ir.FloatType()
+
+
+def _vector(scalar: Any, count: int | None = None) -> ir.VectorType:
+    return ir.VectorType(element(scalar), count or lanes_of(scalar).count)
 
 
 @register_model(LanesType)
@@ -103,20 +109,21 @@ for _function, _instruction in (
 _operator(operator.neg, "fneg", 1)
 
 
-def _as_format(builder: Any, value: Any, target: Any) -> Any:
+def as_format(builder: Any, value: Any, target: Any) -> Any:
     """Convert a number or vector into another format."""
     if value.type == target:
         return value
-    element = getattr(target, "element", target)
-    widen = isinstance(element, ir.DoubleType)
+    widen = isinstance(getattr(target, "element", target), ir.DoubleType)
     return (builder.fpext if widen else builder.fptrunc)(value, target)
 
 
-def _at(builder: Any, address: Any, kind: Any) -> Any:
+def at(builder: Any, address: Any, kind: Any) -> Any:
+    """Return an address as a pointer."""
     return builder.inttoptr(address, kind.as_pointer())
 
 
-def _bytes(scalar: Any) -> int:
+def num_bytes(scalar: Any) -> int:
+    """Return the bytes of a number of this format."""
     return int(scalar.bitwidth) // 8
 
 
@@ -129,7 +136,7 @@ def _to_splat(typing_context: Any, number: Any) -> Any:
         first = builder.insert_element(
             ir.Constant(kind, ir.Undefined), values[0], ir.IntType(32)(0)
         )
-        mask = ir.Constant(ir.VectorType(ir.IntType(32), NUM_LANES), [0] * NUM_LANES)
+        mask = ir.Constant(ir.VectorType(ir.IntType(32), kind.count), [0] * kind.count)
         return builder.shuffle_vector(first, first, mask)
 
     return lanes_of(number)(number), generate
@@ -153,18 +160,37 @@ larger: Any = intrinsic(_to_larger)
 """lanes, lanes -> the larger of each pair; the second where they do not compare."""
 
 
-def _to_widened(typing_context: Any, lanes: Any) -> Any:
+def _to_count(typing_context: Any, number: Any) -> Any:
+    del typing_context
+    count = lanes_of(number).count
+
+    def generate(context: Any, builder: Any, sig: Any, values: Any) -> Any:
+        del context, builder, sig, values
+        return ir.IntType(64)(count)
+
+    return types.int64(number), generate
+
+
+num_lanes: Any = intrinsic(_to_count)
+"""number -> how many of its format fill a register, a constant."""
+
+
+def _to_add_wide(typing_context: Any, address: Any, lanes: Any) -> Any:
     del typing_context
 
     def generate(context: Any, builder: Any, sig: Any, values: Any) -> Any:
-        del context, sig
-        return _as_format(builder, values[0], _vector(types.float64))
+        kind = _vector(types.float64, sig.args[1].count)
+        pointer = at(builder, values[0], kind)
+        before = builder.load(pointer, align=8)
+        more = as_format(builder, values[1], kind)
+        builder.store(builder.fadd(before, more), pointer, align=8)
+        return context.get_dummy_value()
 
-    return FP64(lanes), generate
+    return types.void(address, lanes), generate
 
 
-widened: Any = intrinsic(_to_widened)
-"""lanes -> the same in fp64."""
+add_wide: Any = intrinsic(_to_add_wide)
+"""address of so many numbers of fp64, lanes to add to them -> nothing."""
 
 
 def _to_itemsize(typing_context: Any, number: Any) -> Any:
@@ -172,7 +198,7 @@ def _to_itemsize(typing_context: Any, number: Any) -> Any:
 
     def generate(context: Any, builder: Any, sig: Any, values: Any) -> Any:
         del context, builder, values
-        return ir.IntType(64)(_bytes(sig.args[0]))
+        return ir.IntType(64)(num_bytes(sig.args[0]))
 
     return types.int64(number), generate
 
@@ -187,9 +213,10 @@ def _to_load(typing_context: Any, address: Any, stored: Any, wanted: Any) -> Any
     def generate(context: Any, builder: Any, sig: Any, values: Any) -> Any:
         del context
         _, stored, wanted = sig.args
-        pointer = _at(builder, values[0], _vector(stored))
-        value = builder.load(pointer, align=_bytes(stored))
-        return _as_format(builder, value, _vector(wanted))
+        kind = _vector(stored, lanes_of(wanted).count)
+        pointer = at(builder, values[0], kind)
+        value = builder.load(pointer, align=num_bytes(stored))
+        return as_format(builder, value, _vector(wanted))
 
     return lanes_of(wanted)(address, stored, wanted), generate
 
@@ -198,40 +225,14 @@ load: Any = intrinsic(_to_load)
 """address, number of the format there, of the format wanted -> lanes."""
 
 
-def _to_load_pairs(typing_context: Any, address: Any, stored: Any, wanted: Any) -> Any:
-    del typing_context
-    lanes = lanes_of(wanted)
-    pair = types.UniTuple(lanes, 2)  # type: ignore[no-untyped-call]
-
-    def generate(context: Any, builder: Any, sig: Any, values: Any) -> Any:
-        _, stored, wanted = sig.args
-        pointer = _at(builder, values[0], _vector(stored, 2 * NUM_LANES))
-        both = builder.load(pointer, align=_bytes(stored))
-        parts = [
-            _as_format(
-                builder,
-                _shuffled(builder, both, both, [2 * i + part for i in range(8)]),
-                _vector(wanted),
-            )
-            for part in range(2)
-        ]
-        return context.make_tuple(builder, pair, parts)
-
-    return pair(address, stored, wanted), generate
-
-
-load_pairs: Any = intrinsic(_to_load_pairs)
-"""Like `load` of eight complex numbers -> real parts, imaginary parts."""
-
-
 def _to_store(typing_context: Any, address: Any, lanes: Any, stored: Any) -> Any:
     del typing_context
 
     def generate(context: Any, builder: Any, sig: Any, values: Any) -> Any:
-        stored = sig.args[2]
-        kind = _vector(stored)
-        value = _as_format(builder, values[1], kind)
-        builder.store(value, _at(builder, values[0], kind), align=_bytes(stored))
+        _, lanes, stored = sig.args
+        kind = _vector(stored, lanes.count)
+        value = as_format(builder, values[1], kind)
+        builder.store(value, at(builder, values[0], kind), align=num_bytes(stored))
         return context.get_dummy_value()
 
     return types.void(address, lanes, stored), generate
@@ -241,35 +242,14 @@ store: Any = intrinsic(_to_store)
 """address, lanes, number of the format to store -> nothing."""
 
 
-def _to_store_pairs(
-    typing_context: Any, address: Any, real: Any, imag: Any, stored: Any
-) -> Any:
-    del typing_context
-
-    def generate(context: Any, builder: Any, sig: Any, values: Any) -> Any:
-        stored = sig.args[3]
-        parts = [_as_format(builder, value, _vector(stored)) for value in values[1:3]]
-        mask = [part * NUM_LANES + i for i in range(NUM_LANES) for part in range(2)]
-        both = _shuffled(builder, parts[0], parts[1], mask)
-        pointer = _at(builder, values[0], _vector(stored, 2 * NUM_LANES))
-        builder.store(both, pointer, align=_bytes(stored))
-        return context.get_dummy_value()
-
-    return types.void(address, real, imag, stored), generate
-
-
-store_pairs: Any = intrinsic(_to_store_pairs)
-"""address, real parts, imaginary parts, number of the format to store -> nothing."""
-
-
 def _to_load_one(typing_context: Any, address: Any, stored: Any, wanted: Any) -> Any:
     del typing_context
 
     def generate(context: Any, builder: Any, sig: Any, values: Any) -> Any:
         del context
         _, stored, wanted = sig.args
-        pointer = _at(builder, values[0], _vector(stored).element)
-        return _as_format(builder, builder.load(pointer), _vector(wanted).element)
+        pointer = at(builder, values[0], element(stored))
+        return as_format(builder, builder.load(pointer), element(wanted))
 
     return wanted(address, stored, wanted), generate
 
@@ -282,9 +262,9 @@ def _to_store_one(typing_context: Any, address: Any, number: Any, stored: Any) -
     del typing_context
 
     def generate(context: Any, builder: Any, sig: Any, values: Any) -> Any:
-        kind = _vector(sig.args[2]).element
-        value = _as_format(builder, values[1], kind)
-        builder.store(value, _at(builder, values[0], kind))
+        kind = element(sig.args[2])
+        value = as_format(builder, values[1], kind)
+        builder.store(value, at(builder, values[0], kind))
         return context.get_dummy_value()
 
     return types.void(address, number, stored), generate
@@ -294,29 +274,47 @@ store_one: Any = intrinsic(_to_store_one)
 """address, number, number of the format to store -> nothing."""
 
 
-def _shuffled(builder: Any, one: Any, other: Any, mask: list[int]) -> Any:
-    kind = ir.VectorType(ir.IntType(32), len(mask))
-    return builder.shuffle_vector(one, other, ir.Constant(kind, mask))
-
-
-def _to_transposed(typing_context: Any, rows: Any) -> Any:
+def _to_move(typing_context: Any, address: Any, to: Any) -> Any:
     del typing_context
 
     def generate(context: Any, builder: Any, sig: Any, values: Any) -> Any:
-        rows = [builder.extract_value(values[0], i) for i in range(NUM_LANES)]
-        columns = range(NUM_LANES)
-        for block in (1, 2, 4):  # swap the corners of squares of twice this size
-            low = [c if not c & block else NUM_LANES + c - block for c in columns]
-            high = [c + block if not c & block else NUM_LANES + c for c in columns]
-            for i in range(NUM_LANES):
-                if not i & block:
-                    one, other = rows[i], rows[i + block]
-                    rows[i] = _shuffled(builder, one, other, low)
-                    rows[i + block] = _shuffled(builder, one, other, high)
-        return context.make_tuple(builder, sig.return_type, rows)
+        del sig
+        kind = ir.VectorType(ir.IntType(64), WIDTH // 8)
+        line = builder.load(at(builder, values[0], kind), align=1)
+        builder.store(line, at(builder, values[1], kind), align=1)
+        return context.get_dummy_value()
 
-    return rows(rows), generate
+    return types.void(address, to), generate
 
 
-transposed: Any = intrinsic(_to_transposed)
-"""eight lanes -> eight lanes, number i of lanes j becoming number j of lanes i."""
+move: Any = intrinsic(_to_move)
+"""address, address -> nothing; copies 64 bytes."""
+
+
+def _prefetcher(written: int) -> Any:
+    def to_prefetch(typing_context: Any, address: Any) -> Any:
+        del typing_context
+
+        def generate(context: Any, builder: Any, sig: Any, values: Any) -> Any:
+            del sig
+            number = ir.IntType(32)
+            kinds = [cgutils.voidptr_t, number, number, number]
+            function = cgutils.get_or_insert_function(  # type: ignore[no-untyped-call]
+                builder.module,
+                ir.FunctionType(ir.VoidType(), kinds),
+                "llvm.prefetch.p0i8",
+            )
+            where = builder.inttoptr(values[0], cgutils.voidptr_t)
+            builder.call(function, [where, number(written), number(3), number(1)])
+            return context.get_dummy_value()
+
+        return types.void(address), generate
+
+    return intrinsic(to_prefetch)
+
+
+prefetch: Any = _prefetcher(0)
+"""address -> nothing; asks for the 64 bytes around, to be read."""
+
+prefetch_to_write: Any = _prefetcher(1)
+"""address -> nothing; asks for the 64 bytes around, to be written."""

@@ -1,9 +1,10 @@
-"""Arms: eight chains in the lanes of vector registers, and what they remember.
+"""Arms: as many chains as fill a vector register, and what they remember.
 
-An arm walks its chains site by site and keeps one record for each. `fetch` brings
-numbers from the rows of a batch into a field of the records, `deliver` takes them back;
-both turn eight by eight numbers round at a time. An arm that walks to the left meets
-the last site first.
+An arm walks its chains site by site and keeps one record for each. Numbers come from
+the rows of a batch in blocks, into columns that hold one site of every row, and go
+back into rows by way of columns. An arm that walks to the left meets the last site
+first. Couplings that all rows share are read where they lie; those of a row of its own
+become a field of the records.
 
 Lanes without a row of their own repeat the last one, and write the same numbers to the
 same place.
@@ -14,26 +15,39 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from castwise.layers.lanes import (
-    NUM_LANES,
-    load,
+    WIDTH,
     load_one,
-    load_pairs,
+    num_lanes,
     part,
+    prefetch,
+    prefetch_to_write,
     splat,
     store,
     store_one,
-    store_pairs,
-    transposed,
+)
+from castwise.layers.resolvent_columns import (
+    SQUARE,
+    bring,
+    bring_pairs,
+    row_numbers,
+    take,
+    take_pairs,
 )
 
 Number = Any  # a scalar that stands for its format
 
-# fields of a record, in units of eight lanes
-Q, Q_IM, K, H, H_IM = range(5)  # before the walk Q holds d, and H the upstream gradient
-# fields of what an arm carries inward, and outward
-PULL, PULL_IM, FLOW, FLOW_IM, LARGEST, Z, A_IM = range(7)
+# fields of a record; couplings of rows of their own come last
+Q, Q_IM, M, M_IM = range(4)
+# what an arm carries inward, and outward
+X, Y, FLOW, FLOW_IM, LARGEST, Z, A_IM = range(7)
 G, G_IM, U, U_IM, SQUARES = range(5)
 NUM_CARRIED = 7
+# columns of a site of a square: a real number, and the two parts of a complex one
+REAL, PAIR = 0, 1
+NUM_COLUMNS = 3
+MOST_LANES = 16
+BLOCK = 32  # sites whose columns stand in the first cache at once
+AHEAD = 64  # sites that are asked of the memory before they are wanted
 
 
 class Job(NamedTuple):
@@ -45,6 +59,8 @@ class Job(NamedTuple):
     """Couplings `[1 or B, N-1]`."""
     k_stride: int
     """From row to row; 0 where all rows share one."""
+    shared: int | None
+    """None where all rows share their couplings: a type, so that code knows it."""
     z: int
     """Shifts `[B]`, complex128."""
     num_rows: int
@@ -55,8 +71,8 @@ class Job(NamedTuple):
     """Sites of an arm that are remembered at once."""
     size: int
     """Of a number outside."""
-    width: int
-    """Of eight lanes inside."""
+    column: int
+    """Of one number outside for each lane."""
     record: int
     """From site to site."""
     side: Number
@@ -68,7 +84,7 @@ class Job(NamedTuple):
 
 
 class Arm(NamedTuple):
-    """Eight rows, and how they are walked."""
+    """As many rows as fill a register, and how they are walked."""
 
     rows: tuple[int, ...]
     """Their numbers."""
@@ -78,199 +94,226 @@ class Arm(NamedTuple):
     """1 to the right, -1 to the left."""
     idle: bool
     """Whether it only repeats another arm, and nobody wants its results."""
-    records: int
-    """Address of what it remembers: a tile, and two records for the middle."""
     carried: int
     """Address of what it carries inward."""
     back: int
     """Address of what it carries outward."""
     total: int
     """Address of its sum of dL/da, in fp64."""
+    nothing: int
+    """Address of zeros."""
+    square: int
+    """Address of the columns of a square."""
+    records: int
+    """Address of what it remembers: a tile, and two records for the middle."""
+
+
+HEAD = (
+    2 * NUM_CARRIED * WIDTH
+    + 16 * MOST_LANES  # total
+    + WIDTH  # nothing
+    + BLOCK * NUM_COLUMNS * WIDTH
+)
 
 
 @part
 def arm(job: Job, row: int, turn: int, idle: bool, memory: int) -> Arm:
-    """Take eight rows, and make ready what is carried."""
-    last = job.num_rows - 1
-    rows = (
-        min(row, last),
-        min(row + 1, last),
-        min(row + 2, last),
-        min(row + 3, last),
-        min(row + 4, last),
-        min(row + 5, last),
-        min(row + 6, last),
-        min(row + 7, last),
-    )
-    w = job.width
-    back = memory + NUM_CARRIED * w
-    total = back + NUM_CARRIED * w
-    nothing = splat(job.one - job.one)
-    for i in range(2 * NUM_CARRIED):
-        store(memory + i * w, nothing, job.one)
-    store(total, splat(0.0), 1.0)
-    store(total + 8 * NUM_LANES, splat(0.0), 1.0)
-    for lane in range(NUM_LANES):
+    """Take as many rows as there are lanes, and make ready what is carried."""
+    rows = row_numbers(min(row, job.num_rows - 1), job.num_rows - 1, job.one)
+    back = memory + NUM_CARRIED * WIDTH
+    total = back + NUM_CARRIED * WIDTH
+    nothing = total + 16 * MOST_LANES
+    square = nothing + WIDTH
+    for address in range(memory, square, WIDTH):
+        store(address, splat(0.0), 1.0)
+    for lane in range(num_lanes(job.one)):
         z = job.z + 16 * rows[lane]
-        here = memory + lane * (w // NUM_LANES)
-        store_one(here + Z * w, load_one(z, 1.0, job.one), job.one)
-        store_one(here + A_IM * w, -load_one(z + 8, 1.0, job.one), job.one)
-    first = 0 if turn > 0 else job.length - 1
-    records = total + 16 * NUM_LANES
-    return Arm(rows, first, turn, idle, records, memory, back, total)
+        here = memory + lane * (WIDTH // num_lanes(job.one))
+        re, im = load_one(z, 1.0, job.one), -load_one(z + 8, 1.0, job.one)
+        store_one(here + X * WIDTH, re, job.one)
+        store_one(here + Y * WIDTH, im, job.one)
+        store_one(here + Z * WIDTH, re, job.one)
+        store_one(here + A_IM * WIDTH, im, job.one)
+    return Arm(
+        rows,
+        0 if turn > 0 else job.length - 1,
+        turn,
+        idle,
+        memory,
+        back,
+        total,
+        nothing,
+        square,
+        square + BLOCK * NUM_COLUMNS * WIDTH,
+    )
 
 
 @part
 def lowest(walk: Arm, t: int) -> int:
     """Return the leftmost of the eight sites that an arm meets from step t on."""
-    return walk.first + (t if walk.turn > 0 else -(t + NUM_LANES - 1))
+    return walk.first + (t if walk.turn > 0 else -(t + SQUARE - 1))
 
 
 @part
-def rising(job: Job, walk: Arm, at: int) -> tuple[int, int]:
-    """Return where the leftmost of eight records lies, and the way to the next."""
+def rising(walk: Arm, at: int, step: int) -> tuple[int, int]:
+    """Return where the column of the leftmost of eight sites is, and the way on."""
     if walk.turn > 0:
-        return at, job.record
-    return at + (NUM_LANES - 1) * job.record, -job.record
+        return at, step
+    return at + (SQUARE - 1) * step, -step
 
 
 @part
-def spread(columns: Any, to: int, step: int, one: Number) -> None:
-    """Store eight lanes at equal distances."""
-    store(to, columns[0], one)
-    store(to + step, columns[1], one)
-    store(to + 2 * step, columns[2], one)
-    store(to + 3 * step, columns[3], one)
-    store(to + 4 * step, columns[4], one)
-    store(to + 5 * step, columns[5], one)
-    store(to + 6 * step, columns[6], one)
-    store(to + 7 * step, columns[7], one)
+def ask(
+    job: Job, walk: Arm, base: int, stride: int, size: int, t: int, ahead: int
+) -> None:
+    """Ask for a share of what the rows have, of numbers of this size, `ahead` steps on.
+
+    A share is that of an eighth of the rows; eight squares in a row ask for all.
+    """
+    rows = num_lanes(job.one) // SQUARE
+    for i in range(rows):
+        lane = t // SQUARE % SQUARE * rows + i
+        number = min(walk.rows[0] + lane, job.num_rows - 1)
+        site = walk.first + walk.turn * ((t - t % AHEAD) + ahead)
+        if walk.turn < 0:
+            site -= AHEAD - 1
+        at = base + number * stride + site * size
+        for line in range(0, AHEAD * size, WIDTH):
+            if ahead > 0:
+                prefetch(at + line)
+            else:
+                prefetch_to_write(at + line)
 
 
 @part
-def collect(at: int, step: int, one: Number) -> Any:
-    """Load eight lanes from equal distances, and turn them round."""
-    return transposed(
-        (
-            load(at, one, one),
-            load(at + step, one, one),
-            load(at + 2 * step, one, one),
-            load(at + 3 * step, one, one),
-            load(at + 4 * step, one, one),
-            load(at + 5 * step, one, one),
-            load(at + 6 * step, one, one),
-            load(at + 7 * step, one, one),
-        )
-    )
-
-
-@part
-def fetch(job: Job, walk: Arm, base: int, stride: int, t: int, n: int, to: int) -> None:
-    """Copy n real numbers a row into a field of the records."""
-    rows, one, io = walk.rows, job.one, job.io
-    whole = n - n % NUM_LANES
-    for i in range(0, whole, NUM_LANES):
-        at = base + lowest(walk, t + i) * job.size
-        columns = transposed(
-            (
-                load(at + rows[0] * stride, io, one),
-                load(at + rows[1] * stride, io, one),
-                load(at + rows[2] * stride, io, one),
-                load(at + rows[3] * stride, io, one),
-                load(at + rows[4] * stride, io, one),
-                load(at + rows[5] * stride, io, one),
-                load(at + rows[6] * stride, io, one),
-                load(at + rows[7] * stride, io, one),
-            )
-        )
-        put, step = rising(job, walk, to + i * job.record)
-        spread(columns, put, step, one)
-    for i in range(whole, n):
-        at = base + (walk.first + walk.turn * (t + i)) * job.size
-        for lane in range(NUM_LANES):
-            value = load_one(at + rows[lane] * stride, io, one)
-            put = to + i * job.record + lane * (job.width // NUM_LANES)
-            store_one(put, value, one)
+def fetch(
+    job: Job, walk: Arm, base: int, stride: int, t: int, n: int, to: int, step: int
+) -> None:
+    """Copy up to eight real numbers of each row into columns."""
+    rows, size, low = walk.rows, job.size, lowest(walk, t)
+    if n == SQUARE:
+        put, way = rising(walk, to, step)
+        bring(base + low * size, rows, stride, put, way, job.io)
+        return
+    for i in range(n):
+        at = base + (walk.first + walk.turn * (t + i)) * size
+        for lane in range(num_lanes(job.one)):
+            put = to + i * step + lane * size
+            store_one(put, load_one(at + rows[lane] * stride, job.io, job.io), job.io)
 
 
 @part
 def fetch_pairs(job: Job, walk: Arm, base: int, t: int, n: int, to: int) -> None:
-    """Copy n complex numbers a row into two fields of the records."""
-    rows, one, io = walk.rows, job.one, job.io
-    size, stride = 2 * job.size, 2 * job.size * job.length
-    whole = n - n % NUM_LANES
-    for i in range(0, whole, NUM_LANES):
-        at = base + lowest(walk, t + i) * size
-        a = load_pairs(at + rows[0] * stride, io, one)
-        b = load_pairs(at + rows[1] * stride, io, one)
-        c = load_pairs(at + rows[2] * stride, io, one)
-        d = load_pairs(at + rows[3] * stride, io, one)
-        e = load_pairs(at + rows[4] * stride, io, one)
-        f = load_pairs(at + rows[5] * stride, io, one)
-        g = load_pairs(at + rows[6] * stride, io, one)
-        h = load_pairs(at + rows[7] * stride, io, one)
-        real = transposed((a[0], b[0], c[0], d[0], e[0], f[0], g[0], h[0]))
-        imag = transposed((a[1], b[1], c[1], d[1], e[1], f[1], g[1], h[1]))
-        put, step = rising(job, walk, to + i * job.record)
-        spread(real, put, step, one)
-        spread(imag, put + job.width, step, one)
-    for i in range(whole, n):
+    """Copy up to eight complex numbers of each row into columns."""
+    rows, size, step = walk.rows, 2 * job.size, NUM_COLUMNS * job.column
+    stride = size * job.length
+    if n == SQUARE:
+        put, way = rising(walk, to, step)
+        bring_pairs(base + lowest(walk, t) * size, rows, stride, put, way, job.io)
+        return
+    for i in range(n):
         at = base + (walk.first + walk.turn * (t + i)) * size
-        for lane in range(NUM_LANES):
-            here = at + rows[lane] * stride
-            put = to + i * job.record + lane * (job.width // NUM_LANES)
-            store_one(put, load_one(here, io, one), one)
-            store_one(put + job.width, load_one(here + job.size, io, one), one)
+        for lane in range(num_lanes(job.one)):
+            put, here = to + i * step + lane * job.size, at + rows[lane] * stride
+            store_one(put, load_one(here, job.io, job.io), job.io)
+            imag = load_one(here + job.size, job.io, job.io)
+            store_one(put + job.column, imag, job.io)
 
 
 @part
 def deliver(job: Job, walk: Arm, base: int, t: int, n: int, at: int) -> None:
-    """Copy a field of n records out, as real numbers of rows of a chain's length."""
-    rows, one, io, stride = walk.rows, job.one, job.io, job.size * job.length
-    whole = n - n % NUM_LANES
-    for i in range(0, whole, NUM_LANES):
-        take, step = rising(job, walk, at + i * job.record)
-        columns = collect(take, step, one)
-        to = base + lowest(walk, t + i) * job.size
-        store(to + rows[0] * stride, columns[0], io)
-        store(to + rows[1] * stride, columns[1], io)
-        store(to + rows[2] * stride, columns[2], io)
-        store(to + rows[3] * stride, columns[3], io)
-        store(to + rows[4] * stride, columns[4], io)
-        store(to + rows[5] * stride, columns[5], io)
-        store(to + rows[6] * stride, columns[6], io)
-        store(to + rows[7] * stride, columns[7], io)
-    for i in range(whole, n):
-        to = base + (walk.first + walk.turn * (t + i)) * job.size
-        for lane in range(NUM_LANES):
-            take = at + i * job.record + lane * (job.width // NUM_LANES)
-            store_one(to + rows[lane] * stride, load_one(take, one, one), io)
+    """Copy up to eight real numbers into each row of a chain's length."""
+    rows, size, step = walk.rows, job.size, NUM_COLUMNS * job.column
+    stride = size * job.length
+    if n == SQUARE:
+        get, way = rising(walk, at, step)
+        take(base + lowest(walk, t) * size, rows, stride, get, way, job.io)
+        return
+    for i in range(n):
+        to = base + (walk.first + walk.turn * (t + i)) * size
+        for lane in range(num_lanes(job.one)):
+            value = load_one(at + i * step + lane * size, job.io, job.io)
+            store_one(to + rows[lane] * stride, value, job.io)
 
 
 @part
 def deliver_pairs(
     job: Job, walk: Arm, base: int, length: int, t: int, n: int, at: int
 ) -> None:
-    """Copy two fields of n records out, as complex numbers of rows of this length."""
-    rows, one, io = walk.rows, job.one, job.io
-    size, stride = 2 * job.size, 2 * job.size * length
-    whole = n - n % NUM_LANES
-    for i in range(0, whole, NUM_LANES):
-        take, step = rising(job, walk, at + i * job.record)
-        re, im = collect(take, step, one), collect(take + job.width, step, one)
-        to = base + lowest(walk, t + i) * size
-        store_pairs(to + rows[0] * stride, re[0], im[0], io)
-        store_pairs(to + rows[1] * stride, re[1], im[1], io)
-        store_pairs(to + rows[2] * stride, re[2], im[2], io)
-        store_pairs(to + rows[3] * stride, re[3], im[3], io)
-        store_pairs(to + rows[4] * stride, re[4], im[4], io)
-        store_pairs(to + rows[5] * stride, re[5], im[5], io)
-        store_pairs(to + rows[6] * stride, re[6], im[6], io)
-        store_pairs(to + rows[7] * stride, re[7], im[7], io)
-    for i in range(whole, n):
+    """Copy up to eight complex numbers into each row of this length."""
+    rows, size, step = walk.rows, 2 * job.size, NUM_COLUMNS * job.column
+    stride = size * length
+    if n == SQUARE:
+        get, way = rising(walk, at, step)
+        take_pairs(base + lowest(walk, t) * size, rows, stride, get, way, job.io)
+        return
+    for i in range(n):
         to = base + (walk.first + walk.turn * (t + i)) * size
-        for lane in range(NUM_LANES):
-            here = to + rows[lane] * stride
-            take = at + i * job.record + lane * (job.width // NUM_LANES)
-            store_one(here, load_one(take, one, one), io)
-            store_one(here + job.size, load_one(take + job.width, one, one), io)
+        for lane in range(num_lanes(job.one)):
+            get, here = at + i * step + lane * job.size, to + rows[lane] * stride
+            store_one(here, load_one(get, job.io, job.io), job.io)
+            imag = load_one(get + job.column, job.io, job.io)
+            store_one(here + job.size, imag, job.io)
+
+
+@part
+def couplings(job: Job, walk: Arm, t: int, at: int, linked: bool) -> tuple[int, int]:
+    """Return where the coupling behind step t is, and the way to the next one."""
+    if not linked:
+        return walk.nothing, 0
+    if job.shared is None:
+        bond = t if walk.turn > 0 else walk.first - 1 - t
+        return job.k + bond * job.size, walk.turn * job.size
+    return walk.records + (at + 1) * job.record - WIDTH, job.record
+
+
+@part
+def bring_in(
+    job: Job, walk: Arm, t: int, n: int, at: int, grad: int | None, linked: bool
+) -> None:
+    """Fetch what n sites of an arm need from step t on, and ask for more."""
+    size, step = job.size, NUM_COLUMNS * job.column
+    stride = size * job.length
+    for i in range(0, n, SQUARE):
+        s, m, to = t + i, min(SQUARE, n - i), walk.square + i * step
+        ask(job, walk, job.d, stride, size, s, AHEAD)
+        fetch(job, walk, job.d, stride, s, m, to, step)
+        if grad is not None:
+            ask(job, walk, grad, 2 * stride, 2 * size, s, AHEAD)
+            fetch_pairs(job, walk, grad, s, m, to + PAIR * job.column)
+        if linked and job.shared is not None:
+            first = job.k if walk.turn > 0 else job.k - size
+            to = walk.records + (at + i + 1) * job.record - WIDTH
+            ask(job, walk, first, job.k_stride, size, s, AHEAD)
+            fetch(job, walk, first, job.k_stride, s, m, to, job.record)
+
+
+@part
+def bring_out(job: Job, walk: Arm, t: int, n: int, out: int) -> None:
+    """Deliver what n sites of an arm gave, and ask for where more will go."""
+    if walk.idle:
+        return
+    size, step = job.size, NUM_COLUMNS * job.column
+    for i in range(0, n, SQUARE):
+        s, m, at = t + i, min(SQUARE, n - i), walk.square + i * step
+        ask(job, walk, out, 2 * size * job.length, 2 * size, s, -AHEAD)
+        deliver_pairs(job, walk, out, job.length, s, m, at + PAIR * job.column)
+
+
+@part
+def bring_gradients_out(
+    job: Job, walk: Arm, t: int, n: int, linked: bool, out: int, bond: int | None
+) -> None:
+    """Deliver the gradients of n sites, and ask for where more will go."""
+    if walk.idle:
+        return
+    size, step = job.size, NUM_COLUMNS * job.column
+    for i in range(0, n, SQUARE):
+        s, m, at = t + i, min(SQUARE, n - i), walk.square + i * step
+        ask(job, walk, out, size * job.length, size, s, -AHEAD)
+        deliver(job, walk, out, s, m, at + REAL * job.column)
+        if bond is not None and linked:
+            first = bond if walk.turn > 0 else bond - 2 * size
+            length, at = job.length - 1, at + PAIR * job.column
+            ask(job, walk, first, 2 * size * length, 2 * size, s, -AHEAD)
+            deliver_pairs(job, walk, first, length, s, m, at)

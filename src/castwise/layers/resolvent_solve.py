@@ -56,6 +56,7 @@ class Chain:
 
 
 _FP64, _FP32 = np.float64(1), np.float32(1)
+HUGE = 1 << 22  # bytes
 
 
 class Gradient(NamedTuple):
@@ -311,19 +312,30 @@ def _star_gradient(
     return adjoint(chain, *entries, upstream, need_k=need_k, scan=scan)
 
 
-def _kernel_inputs(chain: Chain, wide: bool) -> tuple[tuple[Any, ...], Any]:
-    """Prepare what both entry points take, and what must live until they return."""
+def _kernel_inputs(
+    chain: Chain, wide: bool, num_fields: int
+) -> tuple[tuple[Any, ...], Any]:
+    """Prepare what both entry points take, and what must live until they return.
+
+    A record has so many fields, and one more where rows have couplings of their own.
+    """
     from castwise.layers.resolvent_kernel import scratch  # noqa: PLC0415 -- see above
 
     d, k, z = chain.d.contiguous(), chain.k.contiguous(), chain.z.resolve_conj()
+    if not wide and d.dtype == torch.float64:
+        d, k = d.float(), k.float()
     z = z.contiguous()
     num_rows, num_sites = d.shape
     one = _FP64 if wide else _FP32
-    tile, memory = scratch(num_sites, one.itemsize)
+    shared = k.shape[0] == 1
+    tile, memory = scratch(
+        num_sites, num_fields + (not shared), joined=not chain.causal
+    )
     return (
         d.data_ptr(),
         k.data_ptr(),
-        0 if k.shape[0] == 1 else (num_sites - 1) * k.itemsize,
+        0 if shared else (num_sites - 1) * k.itemsize,
+        None if shared else 0,
         z.data_ptr(),
         num_rows,
         num_sites,
@@ -336,12 +348,29 @@ def _kernel_inputs(chain: Chain, wide: bool) -> tuple[tuple[Any, ...], Any]:
     ), (d, k, z)
 
 
+def _room(num_rows: int, length: int, dtype: torch.dtype) -> Tensor:
+    """Return memory for a result, in huge pages where it is large.
+
+    Memory that nobody has used yet costs a fault for each page: for small pages more
+    than the kernel itself takes. NumPy asks for huge ones from `HUGE` bytes on, torch
+    only if the environment says so.
+    """
+    num_bytes = num_rows * length * dtype.itemsize
+    if num_bytes < HUGE:
+        return torch.empty(num_rows, length, dtype=dtype)
+    raw = np.empty(num_bytes + 64, dtype=np.uint8)
+    start = -raw.ctypes.data % 64  # rows are written by whole lines of a cache
+    room = torch.from_numpy(raw[start : start + num_bytes])
+    return room.view(dtype).view(num_rows, length)
+
+
 def _kernel_forward(chain: Chain, wide: bool) -> tuple[Tensor, Tensor | None]:
     """Return the diagonal, and which rows broke."""
     from castwise.layers.resolvent_kernel import compiled  # noqa: PLC0415 -- see above
 
-    inputs, held = _kernel_inputs(chain, wide)
-    out = torch.empty(chain.d.shape, dtype=chain.d.dtype.to_complex())
+    inputs, held = _kernel_inputs(chain, wide, 2)
+    num_rows, num_sites = chain.d.shape
+    out = _room(num_rows, num_sites, held[0].dtype.to_complex())
     compiled().forward(*inputs, out.data_ptr())
     del held
     return out, _marked(inputs[-1])
@@ -353,20 +382,18 @@ def _kernel_backward(
     """Return the gradient, and which rows broke."""
     from castwise.layers.resolvent_kernel import compiled  # noqa: PLC0415 -- see above
 
-    inputs, held = _kernel_inputs(chain, wide)
+    inputs, held = _kernel_inputs(chain, wide, 4)
     num_rows, num_sites = chain.d.shape
-    complex_dtype = chain.d.dtype.to_complex()
+    complex_dtype = held[0].dtype.to_complex()
     grad = upstream.to(complex_dtype).resolve_conj().contiguous()
-    site = torch.empty(num_rows, num_sites, dtype=chain.d.dtype)
-    bond = None
-    if need_k:
-        bond = torch.empty(num_rows, num_sites - 1, dtype=complex_dtype)
+    site = _room(num_rows, num_sites, held[0].dtype)
+    bond = _room(num_rows, num_sites - 1, complex_dtype) if need_k else None
     point = torch.empty(num_rows, dtype=torch.complex128)
     compiled().backward(
         *inputs,
         grad.data_ptr(),
         site.data_ptr(),
-        0 if bond is None else bond.data_ptr(),
+        None if bond is None else bond.data_ptr(),
         point.data_ptr(),
     )
     del held

@@ -1,169 +1,267 @@
 """The recurrences of the resolvent, two arms at a time: one hides the other's latency.
 
 `resolvent_kernel` says what is computed. The walk inward turns d into q and the
-upstream gradient into h; the walk outward turns q into G, or into dL/da, and h into
-dL/dk.
+upstream gradient into m = q h; the walk outward turns q into G, or q and m into dL/da
+and dL/dk. What is carried inward is already shifted: x + i y is what a site adds d to,
+so that a_t - k_(t-1) q_(t-1) takes one subtraction between two divisions. A record
+keeps -Im q.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from castwise.layers.lanes import NUM_LANES, larger, load, part, splat, store, widened
+from castwise.layers.lanes import (
+    WIDTH,
+    add_wide,
+    larger,
+    load,
+    load_one,
+    num_lanes,
+    part,
+    splat,
+    store,
+)
 from castwise.layers.resolvent_arms import (
     A_IM,
+    BLOCK,
     FLOW,
     FLOW_IM,
     G_IM,
-    H_IM,
     LARGEST,
-    PULL_IM,
+    M_IM,
+    NUM_COLUMNS,
+    PAIR,
     Q_IM,
     SQUARES,
     U_IM,
     Arm,
-    H,
     Job,
-    K,
-    Number,
+    M,
     U,
+    Y,
     Z,
+    bring_gradients_out,
+    bring_in,
+    bring_out,
+    couplings,
 )
 
-Eight = Any  # lanes
+Lanes = Any
+
+
+@part
+def coupling(job: Job, at: int) -> Lanes:
+    """Load k for every lane, from one number that all rows share, or one for each."""
+    if job.shared is None:
+        return splat(load_one(at, job.io, job.one))
+    return load(at, job.io, job.one)
 
 
 @part
 def pivot(
-    at: int, w: int, z: Eight, a_im: Eight, x: Eight, y: Eight, unit: Eight, one: Number
-) -> tuple[Eight, Eight, Eight, Eight, Eight]:
-    """Turn the d of a record into q; return the pull on the next site, |q|^2 and q."""
-    re = (load(at, one, one) - z) - x
-    im = a_im - y
-    k = load(at + K * w, one, one)
-    f = unit / (re * re + im * im)
-    q, q_im = re * f, -(im * f)
-    store(at, q, one)
-    store(at + Q_IM * w, q_im, one)
-    return (k * re) * f, -((k * im) * f), f, q, q_im
+    d: Lanes, k: Lanes, x: Lanes, y: Lanes, z: Lanes, a_im: Lanes, unit: Lanes
+) -> tuple[Lanes, Lanes, Lanes, Lanes, Lanes]:
+    """Return what the next site takes, then q, -Im q and |q|^2."""
+    re = d - x
+    f = unit / (re * re + y * y)
+    return z + (k * re) * f, a_im + (k * y) * f, re * f, y * f, f
 
 
 @part
-def flow(
+def inward(
+    job: Job,
+    left: Arm,
+    right: Arm,
+    t: int,
+    n: int,
     at: int,
-    w: int,
-    side: Eight,
-    c: tuple[Eight, Eight, Eight, Eight, Eight],
-    x: Eight,
-    y: Eight,
-    one: Number,
-) -> tuple[Eight, Eight]:
-    """Turn the upstream gradient of a record into h; return what flows on."""
-    pull, pull_im, _, q, q_im = c
-    re = x + load(at + H * w, one, one)
-    im = y - load(at + H_IM * w, one, one)
-    store(at + H * w, re, one)
-    store(at + H_IM * w, im, one)
-    f = side * (pull * q - pull_im * q_im)
-    f_im = side * (pull * q_im + pull_im * q)
-    return re * f - im * f_im, re * f_im + im * f
-
-
-@part
-def inward(job: Job, p: int, r: int, n: int, left: Arm, right: Arm) -> None:
-    """Walk n sites of both arms, whose records begin at p and r."""
-    w, one = job.width, job.one
+    linked: bool,
+) -> None:
+    """Walk n sites of both arms from step t on, and remember them from record `at`."""
+    w, one = WIDTH, job.one
     unit = splat(one)
     a, b = left.carried, right.carried
     z, a_im = load(a + Z * w, one, one), load(a + A_IM * w, one, one)
-    y, b_im = load(b + Z * w, one, one), load(b + A_IM * w, one, one)
-    x0, x1 = load(a, one, one), load(a + PULL_IM * w, one, one)
-    y0, y1 = load(b, one, one), load(b + PULL_IM * w, one, one)
+    v, b_im = load(b + Z * w, one, one), load(b + A_IM * w, one, one)
+    x0, y0 = load(a, one, one), load(a + Y * w, one, one)
+    x1, y1 = load(b, one, one), load(b + Y * w, one, one)
     m0, m1 = load(a + LARGEST * w, one, one), load(b + LARGEST * w, one, one)
-    for _ in range(n):
-        x0, x1, f, _, _ = pivot(p, w, z, a_im, x0, x1, unit, one)
-        y0, y1, g, _, _ = pivot(r, w, y, b_im, y0, y1, unit, one)
-        m0, m1 = larger(f, m0), larger(g, m1)
-        p += job.record
-        r += job.record
+    step = NUM_COLUMNS * job.column
+    for i in range(0, n, BLOCK):
+        m = min(BLOCK, n - i)
+        bring_in(job, left, t + i, m, at + i, None, linked)
+        bring_in(job, right, t + i, m, at + i, None, linked)
+        p = left.records + (at + i) * job.record
+        r = right.records + (at + i) * job.record
+        k, along = couplings(job, left, t + i, at + i, linked)
+        other, across = couplings(job, right, t + i, at + i, linked)
+        d, e = left.square, right.square
+        for _ in range(m):
+            k0, k1 = coupling(job, k), coupling(job, other)
+            x0, y0, q0, i0, f0 = pivot(load(d, job.io, one), k0, x0, y0, z, a_im, unit)
+            x1, y1, q1, i1, f1 = pivot(load(e, job.io, one), k1, x1, y1, v, b_im, unit)
+            store(p, q0, one)
+            store(p + Q_IM * w, i0, one)
+            store(r, q1, one)
+            store(r + Q_IM * w, i1, one)
+            m0, m1 = larger(f0, m0), larger(f1, m1)
+            d += step
+            e += step
+            k += along
+            other += across
+            p += job.record
+            r += job.record
     store(a, x0, one)
-    store(a + PULL_IM * w, x1, one)
-    store(b, y0, one)
-    store(b + PULL_IM * w, y1, one)
+    store(a + Y * w, y0, one)
+    store(b, x1, one)
+    store(b + Y * w, y1, one)
     store(a + LARGEST * w, m0, one)
     store(b + LARGEST * w, m1, one)
 
 
 @part
-def inward_with_source(job: Job, p: int, r: int, n: int, left: Arm, right: Arm) -> None:
+def flow(
+    job: Job,
+    source: int,
+    at: int,
+    k: Lanes,
+    q: Lanes,
+    p: Lanes,
+    h: Lanes,
+    h_im: Lanes,
+) -> tuple[Lanes, Lanes]:
+    """Add the upstream gradient to what flows in; keep m, return what flows on."""
+    one = job.one
+    h = h + load(source, job.io, one)
+    h_im = h_im - load(source + job.column, job.io, one)
+    m, m_im = q * h + p * h_im, q * h_im - p * h
+    store(at + M * WIDTH, m, one)
+    store(at + M_IM * WIDTH, m_im, one)
+    e, o = k * q, k * p
+    return e * m + o * m_im, e * m_im - o * m
+
+
+@part
+def inward_with_source(
+    job: Job,
+    left: Arm,
+    right: Arm,
+    t: int,
+    n: int,
+    at: int,
+    linked: bool,
+    grad: int,
+) -> None:
     """Walk n sites of both arms, and carry the upstream gradient along."""
-    w, one = job.width, job.one
+    w, one = WIDTH, job.one
     unit, side = splat(one), splat(job.side)
     a, b = left.carried, right.carried
     z, a_im = load(a + Z * w, one, one), load(a + A_IM * w, one, one)
-    y, b_im = load(b + Z * w, one, one), load(b + A_IM * w, one, one)
-    x0, x1 = load(a, one, one), load(a + PULL_IM * w, one, one)
-    y0, y1 = load(b, one, one), load(b + PULL_IM * w, one, one)
-    h0, h1 = load(a + FLOW * w, one, one), load(a + FLOW_IM * w, one, one)
-    j0, j1 = load(b + FLOW * w, one, one), load(b + FLOW_IM * w, one, one)
+    v, b_im = load(b + Z * w, one, one), load(b + A_IM * w, one, one)
+    x0, y0 = load(a, one, one), load(a + Y * w, one, one)
+    x1, y1 = load(b, one, one), load(b + Y * w, one, one)
+    h0, j0 = load(a + FLOW * w, one, one), load(a + FLOW_IM * w, one, one)
+    h1, j1 = load(b + FLOW * w, one, one), load(b + FLOW_IM * w, one, one)
     m0, m1 = load(a + LARGEST * w, one, one), load(b + LARGEST * w, one, one)
-    for _ in range(n):
-        c = pivot(p, w, z, a_im, x0, x1, unit, one)
-        e = pivot(r, w, y, b_im, y0, y1, unit, one)
-        h0, h1 = flow(p, w, side, c, h0, h1, one)
-        j0, j1 = flow(r, w, side, e, j0, j1, one)
-        x0, x1, y0, y1 = c[0], c[1], e[0], e[1]
-        m0, m1 = larger(c[2], m0), larger(e[2], m1)
-        p += job.record
-        r += job.record
+    step = NUM_COLUMNS * job.column
+    first = PAIR * job.column
+    for i in range(0, n, BLOCK):
+        m = min(BLOCK, n - i)
+        bring_in(job, left, t + i, m, at + i, grad, linked)
+        bring_in(job, right, t + i, m, at + i, grad, linked)
+        p = left.records + (at + i) * job.record
+        r = right.records + (at + i) * job.record
+        k, along = couplings(job, left, t + i, at + i, linked)
+        other, across = couplings(job, right, t + i, at + i, linked)
+        d, e = left.square, right.square
+        for _ in range(m):
+            k0, k1 = coupling(job, k), coupling(job, other)
+            x0, y0, q0, i0, f0 = pivot(load(d, job.io, one), k0, x0, y0, z, a_im, unit)
+            x1, y1, q1, i1, f1 = pivot(load(e, job.io, one), k1, x1, y1, v, b_im, unit)
+            store(p, q0, one)
+            store(p + Q_IM * w, i0, one)
+            store(r, q1, one)
+            store(r + Q_IM * w, i1, one)
+            h0, j0 = flow(job, d + first, p, side * k0, q0, i0, h0, j0)
+            h1, j1 = flow(job, e + first, r, side * k1, q1, i1, h1, j1)
+            m0, m1 = larger(f0, m0), larger(f1, m1)
+            d += step
+            e += step
+            k += along
+            other += across
+            p += job.record
+            r += job.record
     store(a, x0, one)
-    store(a + PULL_IM * w, x1, one)
-    store(b, y0, one)
-    store(b + PULL_IM * w, y1, one)
+    store(a + Y * w, y0, one)
+    store(b, x1, one)
+    store(b + Y * w, y1, one)
     store(a + FLOW * w, h0, one)
-    store(a + FLOW_IM * w, h1, one)
-    store(b + FLOW * w, j0, one)
+    store(a + FLOW_IM * w, j0, one)
+    store(b + FLOW * w, h1, one)
     store(b + FLOW_IM * w, j1, one)
     store(a + LARGEST * w, m0, one)
     store(b + LARGEST * w, m1, one)
 
 
 @part
-def answer(
-    at: int, w: int, side: Eight, g: Eight, h: Eight, one: Number
-) -> tuple[Eight, Eight, Eight, Eight]:
-    """Return G of a site from that of the next, and side * k q G of the next."""
-    q, q_im = load(at, one, one), load(at + Q_IM * w, one, one)
-    k = side * load(at + K * w, one, one)
-    x, y = k * (q * g - q_im * h), k * (q * h + q_im * g)
-    return q + (q * x - q_im * y), q_im + (q * y + q_im * x), x, y
+def answer(k: Lanes, q: Lanes, p: Lanes, g: Lanes, h: Lanes) -> tuple[Lanes, Lanes]:
+    """Return G of a site from that of the next, g + i h."""
+    e, o = k * q, k * p
+    r, s = e * q - o * p, (e + e) * p  # k q^2 = r - i s
+    return (q + s * h) + r * g, (r * h - p) - s * g
 
 
 @part
-def outward(job: Job, p: int, r: int, n: int, left: Arm, right: Arm) -> None:
-    """Walk back over n sites; q becomes G."""
-    w, one = job.width, job.one
+def outward(
+    job: Job,
+    left: Arm,
+    right: Arm,
+    t: int,
+    n: int,
+    at: int,
+    linked: bool,
+    out: int,
+) -> None:
+    """Walk back over n sites of both arms, and leave G in columns."""
+    w, io, one = WIDTH, job.io, job.one
     side = splat(job.side)
     a, b = left.back, right.back
-    g0, g1 = load(a, one, one), load(a + G_IM * w, one, one)
-    h0, h1 = load(b, one, one), load(b + G_IM * w, one, one)
+    g0, h0 = load(a, one, one), load(a + G_IM * w, one, one)
+    g1, h1 = load(b, one, one), load(b + G_IM * w, one, one)
     m0, m1 = load(a + SQUARES * w, one, one), load(b + SQUARES * w, one, one)
-    p += n * job.record
-    r += n * job.record
-    for _ in range(n):
-        p -= job.record
-        r -= job.record
-        g0, g1, _, _ = answer(p, w, side, g0, g1, one)
-        h0, h1, _, _ = answer(r, w, side, h0, h1, one)
-        m0 = m0 + (g0 * g0 + g1 * g1)
-        m1 = m1 + (h0 * h0 + h1 * h1)
-        store(p, g0, one)
-        store(p + Q_IM * w, g1, one)
-        store(r, h0, one)
-        store(r + Q_IM * w, h1, one)
+    step = NUM_COLUMNS * job.column
+    for i in range((n - 1) // BLOCK * BLOCK, -1, -BLOCK):
+        m = min(BLOCK, n - i)
+        p = left.records + (at + i + m) * job.record
+        r = right.records + (at + i + m) * job.record
+        k, along = couplings(job, left, t + i + m, at + i + m, linked)
+        other, across = couplings(job, right, t + i + m, at + i + m, linked)
+        d = left.square + PAIR * job.column + m * step
+        e = right.square + PAIR * job.column + m * step
+        for _ in range(m):
+            d -= step
+            e -= step
+            k -= along
+            other -= across
+            p -= job.record
+            r -= job.record
+            k0, k1 = side * coupling(job, k), side * coupling(job, other)
+            q0, i0 = load(p, one, one), load(p + Q_IM * w, one, one)
+            q1, i1 = load(r, one, one), load(r + Q_IM * w, one, one)
+            g0, h0 = answer(k0, q0, i0, g0, h0)
+            g1, h1 = answer(k1, q1, i1, g1, h1)
+            m0 = m0 + (g0 * g0 + h0 * h0)
+            m1 = m1 + (g1 * g1 + h1 * h1)
+            store(d, g0, io)
+            store(d + job.column, h0, io)
+            store(e, g1, io)
+            store(e + job.column, h1, io)
+        bring_out(job, left, t + i, m, out)
+        bring_out(job, right, t + i, m, out)
     store(a, g0, one)
-    store(a + G_IM * w, g1, one)
-    store(b, h0, one)
+    store(a + G_IM * w, h0, one)
+    store(b, g1, one)
     store(b + G_IM * w, h1, one)
     store(a + SQUARES * w, m0, one)
     store(b + SQUARES * w, m1, one)
@@ -171,76 +269,98 @@ def outward(job: Job, p: int, r: int, n: int, left: Arm, right: Arm) -> None:
 
 @part
 def adjoint(
+    job: Job,
     at: int,
-    w: int,
-    side: Eight,
-    g: Eight,
-    g_im: Eight,
-    u: Eight,
-    u_im: Eight,
-    one: Number,
-) -> tuple[Eight, Eight, Eight, Eight]:
-    """Turn q of a record into dL/da and h into dL/dk; return G and dL/da."""
-    q, q_im = load(at, one, one), load(at + Q_IM * w, one, one)
-    h, h_im = load(at + H * w, one, one), load(at + H_IM * w, one, one)
-    k = load(at + K * w, one, one)
-    out, out_im, x, y = answer(at, w, side, g, g_im, one)
-    # j = q h (1 + 2 x) - k q u, the gradient by a is -q j
-    s, s_im = q * h - q_im * h_im, q * h_im + q_im * h
-    v, v_im = q * u - q_im * u_im, q * u_im + q_im * u
-    x, y = (x + x) + splat(one), y + y
-    j = (s * x - s_im * y) - k * v
-    j_im = (s * y + s_im * x) - k * v_im
-    by_a, by_a_im = q_im * j_im - q * j, -(q * j_im + q_im * j)
-    # h q^2 G - q u
-    t, t_im = q * g - q_im * g_im, q * g_im + q_im * g
-    store(at, by_a, one)
-    store(at + H * w, side * (s * t - s_im * t_im) - v, one)
-    store(at + H_IM * w, side * (s * t_im + s_im * t) - v_im, one)
+    to: int,
+    k: Lanes,
+    g: Lanes,
+    h: Lanes,
+    u: Lanes,
+    v: Lanes,
+    side: Lanes,
+    bond: int | None,
+) -> tuple[Lanes, Lanes, Lanes, Lanes]:
+    """Leave dL/da, and dL/dk if wanted, in columns; return G and dL/da.
+
+    G + y is q (1 + 2 k q G_(t+1)), where y = k q^2 G_(t+1) is what G takes from there.
+    """
+    w, io, one = WIDTH, job.io, job.one
+    q, p = load(at, one, one), load(at + Q_IM * w, one, one)
+    m, n = load(at + M * w, one, one), load(at + M_IM * w, one, one)
+    e, o = k * q, k * p
+    r, s = e * q - o * p, (e + e) * p
+    y, y_im = side * (r * g + s * h), side * (r * h - s * g)
+    out, out_im = q + y, y_im - p
+    x, x_im = out + y, out_im + y_im
+    by_a = (r * u + s * v) - (m * x - n * x_im)
+    by_a_im = (r * v - s * u) - (m * x_im + n * x)
+    store(to, by_a, io)
+    if bond is not None:
+        # m q G - q u
+        t, t_im = side * (q * g + p * h), side * (q * h - p * g)
+        store(to + job.column, (m * t - n * t_im) - (q * u + p * v), io)
+        store(to + 2 * job.column, (m * t_im + n * t) - (q * v - p * u), io)
     return out, out_im, by_a, by_a_im
 
 
 @part
 def outward_with_gradient(
-    job: Job, p: int, r: int, n: int, left: Arm, right: Arm
+    job: Job,
+    left: Arm,
+    right: Arm,
+    t: int,
+    n: int,
+    at: int,
+    linked: bool,
+    out: int,
+    bond: int | None,
 ) -> None:
     """Walk back over n sites of both arms; add dL/da to the totals."""
-    w, one = job.width, job.one
+    w, one = WIDTH, job.one
     side = splat(job.side)
     a, b = left.back, right.back
-    g0, g1 = load(a, one, one), load(a + G_IM * w, one, one)
-    h0, h1 = load(b, one, one), load(b + G_IM * w, one, one)
-    u0, u1 = load(a + U * w, one, one), load(a + U_IM * w, one, one)
-    v0, v1 = load(b + U * w, one, one), load(b + U_IM * w, one, one)
+    g0, h0 = load(a, one, one), load(a + G_IM * w, one, one)
+    g1, h1 = load(b, one, one), load(b + G_IM * w, one, one)
+    u0, v0 = load(a + U * w, one, one), load(a + U_IM * w, one, one)
+    u1, v1 = load(b + U * w, one, one), load(b + U_IM * w, one, one)
     m0, m1 = load(a + SQUARES * w, one, one), load(b + SQUARES * w, one, one)
-    s0 = s1 = t0 = t1 = splat(one - one)
-    p += n * job.record
-    r += n * job.record
-    for _ in range(n):
-        p -= job.record
-        r -= job.record
-        g0, g1, u0, u1 = adjoint(p, w, side, g0, g1, u0, u1, one)
-        h0, h1, v0, v1 = adjoint(r, w, side, h0, h1, v0, v1, one)
-        s0, s1, t0, t1 = s0 + u0, s1 + u1, t0 + v0, t1 + v1
-        m0 = m0 + (g0 * g0 + g1 * g1)
-        m1 = m1 + (h0 * h0 + h1 * h1)
+    s0 = t0 = s1 = t1 = splat(one - one)
+    step = NUM_COLUMNS * job.column
+    for i in range((n - 1) // BLOCK * BLOCK, -1, -BLOCK):
+        m = min(BLOCK, n - i)
+        p = left.records + (at + i + m) * job.record
+        r = right.records + (at + i + m) * job.record
+        k, along = couplings(job, left, t + i + m, at + i + m, linked)
+        other, across = couplings(job, right, t + i + m, at + i + m, linked)
+        d = left.square + m * step
+        e = right.square + m * step
+        for _ in range(m):
+            d -= step
+            e -= step
+            k -= along
+            other -= across
+            p -= job.record
+            r -= job.record
+            k0, k1 = coupling(job, k), coupling(job, other)
+            g0, h0, u0, v0 = adjoint(job, p, d, k0, g0, h0, u0, v0, side, bond)
+            g1, h1, u1, v1 = adjoint(job, r, e, k1, g1, h1, u1, v1, side, bond)
+            s0, t0, s1, t1 = s0 + u0, t0 + v0, s1 + u1, t1 + v1
+            m0 = m0 + (g0 * g0 + h0 * h0)
+            m1 = m1 + (g1 * g1 + h1 * h1)
+        bring_gradients_out(job, left, t + i, m, linked, out, bond)
+        bring_gradients_out(job, right, t + i, m, linked, out, bond)
     store(a, g0, one)
-    store(a + G_IM * w, g1, one)
-    store(b, h0, one)
+    store(a + G_IM * w, h0, one)
+    store(b, g1, one)
     store(b + G_IM * w, h1, one)
     store(a + U * w, u0, one)
-    store(a + U_IM * w, u1, one)
-    store(b + U * w, v0, one)
+    store(a + U_IM * w, v0, one)
+    store(b + U * w, u1, one)
     store(b + U_IM * w, v1, one)
     store(a + SQUARES * w, m0, one)
     store(b + SQUARES * w, m1, one)
-    add_total(left.total, s0, s1)
-    add_total(right.total, t0, t1)
-
-
-@part
-def add_total(total: int, re: Eight, im: Eight) -> None:
-    """Add to a sum in fp64, in which many sites lose nothing."""
-    imag = total + 8 * NUM_LANES
-    store(total, load(total, 1.0, 1.0) + widened(re), 1.0)
-    store(imag, load(imag, 1.0, 1.0) + widened(im), 1.0)
+    half = 8 * num_lanes(one)  # sums of many sites lose nothing in fp64
+    add_wide(left.total, s0)
+    add_wide(left.total + half, t0)
+    add_wide(right.total, s1)
+    add_wide(right.total + half, t1)
