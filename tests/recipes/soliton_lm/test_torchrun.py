@@ -6,6 +6,8 @@ import re
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -29,8 +31,12 @@ from torchrun_runs import (
 
 pytest.importorskip("lightning")
 
+from lightning.pytorch import LightningModule
+
+from castwise.recipes.language.token_file import TokenBatch
 from castwise.recipes.soliton_lm import spread
 from castwise.recipes.soliton_lm.model import RECIPE
+from castwise.recipes.soliton_lm.module import SolitonModule
 
 SMALL = """
 text: {sequence_length: 24, batch_size: 4}
@@ -121,6 +127,27 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(place: Path) -> None
     assert last.name.endswith(f"-step-{step}.sharded")
     states = read_checkpoint(last)[1]["lightning"]["state_dict"]
     assert {each.dtype for each in states.values()} >= {torch.bfloat16, torch.float32}
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_ranks_share_a_batch_and_its_measures(num_ranks: int) -> None:
+    """Every window once; where a last batch is too short, some ranks count nothing."""
+    rows = torch.arange(4 * 7).reshape(4, 7)
+    batch = TokenBatch(tokens=rows, targets=rows + 1)
+    short = TokenBatch(tokens=rows[:2], targets=rows[:2] + 1)
+    seen, counted = [], []
+    for rank in range(num_ranks):
+        module = SolitonModule.__new__(SolitonModule)
+        LightningModule.__init__(module)
+        trainer: Any = SimpleNamespace(global_rank=rank, world_size=num_ranks)
+        module._trainer = trainer
+        seen.append(module.share_of(batch)[0])
+        tokens, targets, num_tokens = module._measured_of(short)
+        assert len(tokens) == len(targets) > 0
+        counted.append(int(num_tokens))
+    together = torch.cat(seen)
+    assert torch.equal(together[together[:, 0].argsort()], rows)
+    assert sum(counted) == short.targets.numel()
 
 
 def torchrun_says(monkeypatch: pytest.MonkeyPatch) -> None:
