@@ -8,6 +8,7 @@ import torch
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from castwise.distributed.gradients import clip, local_part, unscale
 from castwise.errors import SettingsError
@@ -67,6 +68,33 @@ def test_all_processes_find_what_one_of_them_found(
     assert torch.equal(rows, same) or expected is not None
     if expected is None:
         torch.testing.assert_close(rows, ROWS, rtol=0, atol=0)
+
+
+def messages(_rank: int) -> list[tuple[str, int]]:
+    """What goes round, by kind and bytes, while shards are unscaled and checked."""
+    gradients = {"a": sharded(ROWS), "b": sharded(ROWS)}
+    sent: list[tuple[str, int]] = []
+
+    class Count(TorchDispatchMode):
+        """Sees every collective, whoever calls it."""
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func.namespace in {"c10d", "_c10d_functional"}:
+                (tensor,) = args[0]
+                sent.append((func.__name__, tensor.numel() * tensor.element_size()))
+            return func(*args, **(kwargs or {}))
+
+    with Count():
+        unscale(DynamicScale(initial=8.0), gradients)
+    return sent
+
+
+def test_one_number_goes_round_for_a_step(two_ranks: TwoRanks) -> None:
+    """Whether to skip, for which parameter, why, and by whose rows: eight bytes."""
+    for sent in two_ranks(messages):
+        assert sent == [("allreduce_.default", 8)]
 
 
 def test_the_norm_is_that_of_the_whole_gradients(two_ranks: TwoRanks) -> None:

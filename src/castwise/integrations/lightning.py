@@ -27,11 +27,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from castwise.distributed.gradients import clip
 from castwise.errors import LossScaleError, MissingExtraError, SettingsError
 from castwise.integrations.hosted import HostedPolicy, Unmatched, policy_of
 from castwise.integrations.loop_scale import LoopScale
 from castwise.loss_scale import LossScale, NoScale, loss_scale_of
-from castwise.optim.clipping import clip_by_global_norm
 from castwise.policy.precision import FP32
 from castwise.policy.presets import preset
 
@@ -262,14 +262,13 @@ class CastwisePrecision(_Plugin):
     def clip_grad_by_norm(
         self, optimizer: torch.optim.Optimizer, clip_val: float
     ) -> None:
-        """Clip by the global norm, summed in fp32 whatever gradients are held in."""
+        """Clip by the global norm over all shards, summed in fp32 in every format."""
+        if self.hosted.is_idle:
+            super().clip_grad_by_norm(optimizer, clip_val)
+            return
         weights = list(self.main_params(optimizer))
         gradients = [weight.grad for weight in weights if weight.grad is not None]
-        plain = all(type(gradient) is torch.Tensor for gradient in gradients)
-        if plain and not self.hosted.is_idle:
-            clip_by_global_norm(gradients, float(clip_val))
-        else:
-            super().clip_grad_by_norm(optimizer, clip_val)
+        clip(gradients, float(clip_val))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the loss scale's state and the phase; nothing for 32-true."""
