@@ -15,17 +15,17 @@ the caches, so what they do is kept short.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections import Counter
 from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch._subclasses import FakeTensor
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
 from castwise.memory.derived import Recipes
-from castwise.memory.pairs import Follows, last_number, made_by
+from castwise.memory.pairs import Follows, Source, fills_its_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,22 +39,31 @@ _CLASSES = frozenset({torch.Tensor, torch.nn.Parameter, FakeTensor})
 SMALL = 4096
 """Bytes below which a tensor is left alone."""
 
+_STRIDED = torch.strided
 _WEIGHT = "a weight or buffer"
 _DEPTH = 3  # how deep tensors may hide in objects that go into a model
 _MUCH_LARGER = 4  # a storage that is that much larger than what is saved of it
 _MUCH_SMALLER = 32  # a statistic of a tensor that is that much larger
 
 
+_Known = tuple[
+    weakref.ref[torch.UntypedStorage], int, torch.dtype, "weakref.ref[Packed]"
+]
+"""A storage, its version, the format of what was saved, and what it was packed into."""
+
+
 @final
 class Untouched:
-    """A tensor that is kept by reference, with autograd's own check of its version."""
+    """A tensor that is kept by reference, with autograd's own check of its version.
+
+    A result that knows its node would keep it alive, and be kept alive by it; it comes
+    here detached.
+    """
 
     __slots__ = ("_tensor", "_version")
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        # a result that knew its node would keep it alive, and be kept alive by it
-        self._tensor = tensor if tensor.grad_fn is None else tensor.detach()
-        self._version = tensor._version  # noqa: SLF001 -- no public name
+        self._tensor, self._version = tensor, tensor._version  # noqa: SLF001 -- no public name
 
     def is_as_it_was(self) -> bool:
         """Whether nobody wrote it since."""
@@ -152,28 +161,6 @@ class View:
 
 
 @final
-class _Known:
-    """A storage that was packed before, as long as both live."""
-
-    __slots__ = ("_dtype", "_packed", "_storage", "_version")
-
-    def __init__(self, tensor: torch.Tensor, packed: Packed) -> None:
-        self._storage = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
-        self._version, self._dtype = tensor._version, tensor.dtype  # noqa: SLF001 -- no public name
-        self._packed = weakref.ref(packed)
-
-    def found(self, tensor: torch.Tensor) -> Packed | None:
-        """What it was packed into, unless it was freed or written since."""
-        if (
-            self._version != tensor._version  # noqa: SLF001 -- as above
-            or self._dtype != tensor.dtype
-            or self._storage.expired()  # type: ignore[no-untyped-call]
-        ):
-            return None
-        return self._packed()
-
-
-@final
 class Packer:
     """Packs and unpacks what one forward saves.
 
@@ -192,17 +179,13 @@ class Packer:
         self.recipes = Recipes(self._source_of) if derive else None
         weights, buffers = _weights_and_buffers(model)
         self._held = dict.fromkeys(map(_key, (*weights, *buffers)), _WEIGHT)
-        self._held |= {_key(tensor): "an input" for tensor in _tensors_in(inputs)}
+        for tensor in _tensors_in(inputs):
+            self._held[_key(tensor)] = "an input"
         self._inputs = inputs  # held, so that no other tensor gets their address
-        self._shapes = {
-            shape: weight.dtype
-            for weight in weights
-            if weight.ndim > 1
-            for shape in (tuple(weight.shape), tuple(weight.shape[::-1]))
-        }
+        self._weights = weights
         self._known: dict[int, _Known] = {}
         self._waiting: Packed | None = None
-        self._number = 0  # of the node that saved what waits
+        self._source: Source | None = None  # what waits, as its operator read it
         self._largest = 0
         self.left_alone: Counter[str] = Counter()
         self.before_bytes = self.after_bytes = 0
@@ -210,24 +193,33 @@ class Packer:
 
     def pack(self, tensor: torch.Tensor) -> View | Untouched:
         """Take what autograd saves; return what it shall hold in its place."""
-        if type(tensor) not in _CLASSES or tensor.layout is not torch.strided:
-            return self._left(tensor, "not a plain dense tensor")
-        key: int = tensor.untyped_storage()._cdata  # noqa: SLF001 -- no public name
-        reason = self._held.get(key) or self._reason_to_leave(tensor)
+        if type(tensor) not in _CLASSES or tensor.layout is not _STRIDED:
+            return self._left(tensor.detach(), "not a plain dense tensor")
+        storage = tensor.untyped_storage()
+        key: int = storage._cdata  # noqa: SLF001 -- no public name
+        reason = self._held.get(key)
+        if reason is not None:  # a weight is no result of what saves it
+            return self._left(tensor if reason is _WEIGHT else tensor.detach(), reason)
+        reason = self._reason_to_leave(tensor)
         if reason is not None:
-            return self._left(tensor, reason)
-        known = self._known.get(key)
-        packed = None if known is None else known.found(tensor)
+            result = tensor.requires_grad
+            return self._left(tensor.detach() if result else tensor, reason)
+        packed = self._found(tensor)
         if packed is None:
-            size = tensor.untyped_storage().nbytes()
-            if size > _MUCH_LARGER * tensor.nbytes:
+            if storage.nbytes() > _MUCH_LARGER * tensor.nbytes:
                 tensor = tensor.clone()
                 return View(self._packed(tensor), tensor)
             packed = self._derived(tensor) or self._packed(tensor)
-            self._known[key] = _Known(tensor, packed)
+            self._known[key] = (
+                weakref.ref(storage),
+                tensor._version,  # noqa: SLF001 -- as above
+                tensor.dtype,
+                weakref.ref(packed),
+            )
         return View(packed, tensor)
 
-    def unpack(self, saved: View | Untouched) -> torch.Tensor:
+    @staticmethod
+    def unpack(saved: View | Untouched) -> torch.Tensor:
         """Return what autograd saved."""
         return saved.get()
 
@@ -239,12 +231,13 @@ class Packer:
                 continue
             self.left_alone["an output"] += 1
             if packed is self._waiting:
-                self._waiting = None
+                self._waiting = self._source = None
             else:
                 self._count(packed, -1)
                 packed.give_back(_flat(tensor))
         self._settle()
         self._inputs = None
+        self._weights = []
         self._known.clear()
         self.recipes = None
 
@@ -276,6 +269,16 @@ class Packer:
         held_in = self._shapes.get(tensor.shape, dtype)
         return None if held_in is dtype else "a cast of a weight"
 
+    @functools.cached_property
+    def _shapes(self) -> dict[tuple[int, ...], torch.dtype]:
+        """Formats of weights by their shapes, of which casts may be saved."""
+        return {
+            shape: weight.dtype
+            for weight in self._weights
+            if weight.ndim > 1 and self._takes != {weight.dtype}
+            for shape in (weight.shape, weight.shape[::-1])
+        }
+
     def _packed(self, tensor: torch.Tensor) -> Packed:
         """Pack a storage, or let it wait for the next one."""
         packed = Packed(_flat(tensor))
@@ -289,40 +292,45 @@ class Packer:
             if self._follows(packed, tensor):
                 return packed
             self._settle()
-            self._waiting, self._number = packed, last_number()
-        else:
-            packed.pack(self._store)
-            self._count(packed, 1)
+            if fills_its_memory(tensor):
+                self._waiting = packed
+                self._source = Source(tensor, View(packed, tensor).get)
+                return packed
+        packed.pack(self._store)
+        self._count(packed, 1)
         return packed
 
     def _follows(self, packed: Packed, tensor: torch.Tensor) -> bool:
         """Make a pair of a storage and the one that waits, if it follows from it."""
-        waiting = self._waiting
-        if waiting is None or not waiting.is_as_it_was():
+        waiting, source = self._waiting, self._source
+        if waiting is None or source is None or not waiting.is_as_it_was():
             return False
-        made = made_by(tensor, self._number)
-        if made is None:
+        again = source.leads_to(tensor)
+        if again is None:
             return False
-        source, run = made
-        if self._found(source) is not waiting:
-            return False
-        packed.keep(Follows(View(waiting, source).get, run), "derived")
+        packed.keep(Follows(source.get, again), "derived")
         waiting.what = "paired"
-        self._waiting = None
+        self._waiting = self._source = None
         self._count(waiting, 1)
         self._count(packed, 1)
         return True
 
     def _settle(self) -> None:
         """Pack what waits: nothing follows from it."""
-        waiting, self._waiting = self._waiting, None
+        waiting, self._waiting, self._source = self._waiting, None, None
         if waiting is not None:
             waiting.pack(self._store)
             self._count(waiting, 1)
 
     def _found(self, tensor: torch.Tensor) -> Packed | None:
-        known = self._known.get(_key(tensor))
-        return None if known is None else known.found(tensor)
+        """What it was packed into, unless its memory was freed or written since."""
+        storage = tensor.untyped_storage()
+        known = self._known.get(storage._cdata)  # noqa: SLF001 -- no public name
+        if known is None:
+            return None
+        of, version, dtype, packed = known
+        same = of() is storage and version == tensor._version  # noqa: SLF001 -- as above
+        return packed() if same and dtype is tensor.dtype else None
 
     def _source_of(
         self, tensor: torch.Tensor

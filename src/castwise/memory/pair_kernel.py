@@ -66,15 +66,17 @@ def _gelu(source: int, result: int, n: int) -> None:
 def _norm(
     source: int,
     result: int,
-    statistics: tuple[int, int],
-    affine: tuple[int, int],
-    size: tuple[int, int],
+    at_mean: int,
+    at_inverse: int,
+    at_weight: int,
+    at_bias: int,
+    rows: int,
+    dim: int,
 ) -> None:
-    rows, dim = size
-    mean = carray(pointer(statistics[0]), (rows,), np.float32)
-    inverse = carray(pointer(statistics[1]), (rows,), np.float32)
-    weight = carray(pointer(affine[0]), (dim,), np.float32)
-    bias = carray(pointer(affine[1]), (dim,), np.float32)
+    mean = carray(pointer(at_mean), (rows,), np.float32)
+    inverse = carray(pointer(at_inverse), (rows,), np.float32)
+    weight = carray(pointer(at_weight), (dim,), np.float32)
+    bias = carray(pointer(at_bias), (dim,), np.float32)
     for row in range(rows):
         at = 4 * row * dim
         x = carray(pointer(source + at), (dim,), np.float32)
@@ -119,23 +121,23 @@ def normed(
     Returns:
         None where operators of torch have to do it.
     """
-    others = (mean, inverse, weight, bias)
-    if not runs_here(x) or not all(map(_is_plain, others)):
+    if not runs_here(x):
+        return None
+    if not all(map(_is_plain, (mean, inverse, weight, bias))):
         return None
     y = torch.empty_like(x)
     _norm(
         x.data_ptr(),
         y.data_ptr(),
-        (mean.data_ptr(), inverse.data_ptr()),
-        (weight.data_ptr(), bias.data_ptr()),
-        (mean.numel(), weight.numel()),
+        mean.data_ptr(),
+        inverse.data_ptr(),
+        weight.data_ptr(),
+        bias.data_ptr(),
+        mean.numel(),
+        weight.numel(),
     )
     return y
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
-    return (
-        tensor.dtype is torch.float32
-        and tensor.device.type == "cpu"
-        and tensor.is_contiguous()
-    )
+    return tensor.dtype is torch.float32 and tensor.is_contiguous()

@@ -16,6 +16,7 @@ by looking at every operator that runs, which costs time of its own.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, final
@@ -26,50 +27,58 @@ from torch.nn.functional import gelu, silu
 from castwise.memory.save_formats import Kept
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
+    from types import ModuleType
 
-Made = tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]
-"""What an operator read, and how its result is computed from that once more."""
-
-
-def last_number() -> int:
-    """Return the number of the node that autograd made last."""
-    return torch._C._autograd._get_sequence_nr() - 1  # noqa: SLF001 -- no public name
+Again = Callable[[torch.Tensor], torch.Tensor]
+"""Computes a result once more from what its operator read."""
 
 
-def made_by(tensor: torch.Tensor, number: int) -> Made | None:
-    """Return how a node made a tensor, if it did, and if it is cheap.
+@final
+class Source:
+    """A tensor that was just saved: which, by what operator, and how to get it back.
 
     Args:
-        tensor: What is to be saved now.
-        number: Of the node.
-
-    Returns:
-        None where it did not. Else what it read, as its hooks give it, and a function
-        whose result lies in memory as the tensor's memory does.
+        tensor: It, contiguous.
+        get: Gives it in the backward.
     """
-    whole = tensor if tensor._base is None else tensor._base  # noqa: SLF001 -- no public name
-    node = whole.grad_fn
-    if node is None or node._sequence_nr() != number:  # noqa: SLF001 -- as above
-        return None
-    again = _CHEAP.get(node.name())
-    # one that was changed in place has another node, or another version
-    if again is None or whole._version or not _fills_its_memory(whole):  # noqa: SLF001 -- as above
-        return None
-    made = again(node)
-    return made if made is not None and _fits(made[0], whole) else None
+
+    __slots__ = ("_made_by", "_number", "_shape", "get")
+
+    def __init__(self, tensor: torch.Tensor, get: Callable[[], torch.Tensor]) -> None:
+        self.get = get
+        self._shape = tensor.shape
+        self._made_by = tensor.grad_fn
+        self._number = torch._C._autograd._get_sequence_nr() - 1  # noqa: SLF001 -- no public name
+
+    def leads_to(self, tensor: torch.Tensor) -> Again | None:
+        """Return how the same operator made a tensor, if it did, and if it is cheap.
+
+        Args:
+            tensor: What is to be saved now.
+
+        Returns:
+            None where it did not. Else what computes all of the tensor's memory.
+        """
+        whole = tensor if tensor._base is None else tensor._base  # noqa: SLF001 -- no public name
+        node = whole.grad_fn
+        if node is None or node._sequence_nr() != self._number:  # noqa: SLF001 -- as above
+            return None
+        again = _CHEAP.get(node.name())
+        if (
+            again is None
+            or node.next_functions[0][0] is not self._made_by  # numbers are of a thread
+            or whole._version  # noqa: SLF001 -- or it was written where no graph saw it
+            or whole.shape != self._shape
+            or not fills_its_memory(whole)
+        ):
+            return None
+        return again(node, whole)
 
 
-def _fills_its_memory(tensor: torch.Tensor) -> bool:
+def fills_its_memory(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is all that lies in its memory, row by row."""
     return tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
-
-
-def _fits(source: torch.Tensor, result: torch.Tensor) -> bool:
-    return (
-        source.dtype == result.dtype
-        and source.shape == result.shape
-        and source.is_contiguous()
-    )
 
 
 @final
@@ -86,62 +95,88 @@ class Follows(Kept):
     def __init__(
         self,
         source: Callable[[], torch.Tensor],
-        run: Callable[[torch.Tensor], torch.Tensor],
+        run: Again,
     ) -> None:
         self._source, self._run = source, run
 
     def get(self) -> torch.Tensor:
-        """Compute it once more, without a graph."""
-        with torch.no_grad(), torch._C._DisableAutocast():  # noqa: SLF001 -- no public name
-            return self._run(self._source()).view(-1)
+        """Compute it once more."""
+        return self._run(self._source()).view(-1)
 
 
-def _gelu(node: Any) -> Made | None:
-    """By the error function; that by tanh costs more than widening, on a CPU."""
-    x, kind = node._saved_self, node._saved_approximate  # noqa: SLF001 -- how autograd names them
-    if x.device.type == "cpu":
-        return None if kind != "none" else (x, _gelu_again)
-    return x, lambda x: gelu(x, approximate=kind)
-
-
-def _gelu_again(x: torch.Tensor) -> torch.Tensor:
+@functools.cache
+def _kernels() -> ModuleType:
     from castwise.memory import pair_kernel  # noqa: PLC0415 -- numba is imported by those who need it
 
-    done = pair_kernel.gelu(x)
-    return gelu(x) if done is None else done
+    return pair_kernel
 
 
-def _silu(node: Any) -> Made:
-    return node._saved_self, silu  # noqa: SLF001 -- as above
+@contextlib.contextmanager
+def _as_then() -> Iterator[None]:
+    """Without a graph, and in the formats of the arguments."""
+    with torch.no_grad(), torch._C._DisableAutocast():  # noqa: SLF001 -- no public name
+        yield
 
 
-def _layer_norm(node: Any) -> Made:
+def _gelu(node: Any, result: torch.Tensor) -> Again | None:
+    """By the error function; that by tanh costs more than widening, on a CPU."""
+    kind = node._saved_approximate  # noqa: SLF001 -- how autograd names it
+    if kind != "none" and result.device.type == "cpu":
+        return None
+    return functools.partial(_gelu_again, kind)
+
+
+def _gelu_again(kind: str, x: torch.Tensor) -> torch.Tensor:
+    done: torch.Tensor | None = _kernels().gelu(x) if kind == "none" else None
+    if done is not None:
+        return done
+    with _as_then():
+        return gelu(x, approximate=kind)
+
+
+def _silu(node: Any, result: torch.Tensor) -> Again:
+    del node, result
+    return _silu_again
+
+
+def _silu_again(x: torch.Tensor) -> torch.Tensor:
+    with _as_then():
+        return silu(x)
+
+
+def _layer_norm(node: Any, result: torch.Tensor) -> Again | None:
     """By the mean and the deviation that it saved itself."""
-    known = node._saved_result1, node._saved_result2  # noqa: SLF001 -- as above
-    affine = node._saved_weight, node._saved_bias  # noqa: SLF001 -- as above
-    return node._saved_input, functools.partial(_norm_again, known, affine)  # noqa: SLF001 -- as above
+    del result
+    mean = node._saved_result1  # noqa: SLF001 -- as above
+    if mean.numel() == 1:  # its weight has the shape of its rows, then: which is which?
+        return None
+    others = (
+        node._saved_result2,  # noqa: SLF001 -- as above
+        node._saved_weight,  # noqa: SLF001 -- as above
+        node._saved_bias,  # noqa: SLF001 -- as above
+    )
+    return functools.partial(_norm_again, mean, *others)
 
 
 def _norm_again(
-    known: tuple[torch.Tensor, torch.Tensor],
-    affine: tuple[torch.Tensor | None, torch.Tensor | None],
+    mean: torch.Tensor,
+    inverse: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
     x: torch.Tensor,
 ) -> torch.Tensor:
-    mean, inverse = known
-    weight, bias = affine
-    if x.device.type == "cpu" and weight is not None and bias is not None:
-        from castwise.memory import pair_kernel  # noqa: PLC0415 -- as above
-
-        done = pair_kernel.normed(x, mean, inverse, weight, bias)
+    if weight is not None and bias is not None:
+        done: torch.Tensor | None = _kernels().normed(x, mean, inverse, weight, bias)
         if done is not None:
             return done
-    y = (x - mean).mul_(inverse)
-    if weight is not None:
-        y = y.mul_(weight)
-    return y if bias is None else y.add_(bias)
+    with _as_then():
+        y = (x - mean).mul_(inverse)
+        if weight is not None:
+            y = y.mul_(weight)
+        return y if bias is None else y.add_(bias)
 
 
-_CHEAP: Mapping[str, Callable[[Any], Made | None]] = {
+_CHEAP: Mapping[str, Callable[[Any, torch.Tensor], Again | None]] = {
     "GeluBackward0": _gelu,
     "NativeLayerNormBackward0": _layer_norm,
     "SiluBackward0": _silu,
