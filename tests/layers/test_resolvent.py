@@ -190,6 +190,25 @@ def test_rows_are_independent() -> None:
     torch.testing.assert_close(shared, resolvent_diagonal(d, b[0], c[0], z))
 
 
+def test_a_large_result_is_like_its_rows() -> None:
+    """From 4 MiB on memory is taken another way: same numbers, on whole lines."""
+    d, _, _, z = chain(65_541, batch=9)
+    d = d.float().requires_grad_()
+    one = torch.ones(65_540)
+    out = resolvent_diagonal(d, one, one, z)
+    assert out.nbytes > resolvent_solve.HUGE
+    assert out.data_ptr() % 64 == 0
+    out.imag.sum().backward()
+    assert d.grad is not None
+    for row in (0, 8):
+        leaf = d.detach()[row].requires_grad_()
+        single = resolvent_diagonal(leaf, one, one, z)
+        single.imag.sum().backward()
+        assert torch.equal(single, out[row])
+        assert leaf.grad is not None
+        assert torch.equal(leaf.grad, d.grad[row])
+
+
 def test_z_may_differ_by_layer_and_batch() -> None:
     """Leading dimensions broadcast like everywhere in PyTorch."""
     d, b, c, _ = chain(20, batch=6)

@@ -37,12 +37,13 @@ def diagonal_and_bonds(
 def diagonal_along(
     a: Array, k: Array, change: Array, *, bonds: bool = True
 ) -> tuple[Array, Array]:
-    """Compute the change of the diagonal, and that of h, as `a` moves."""
+    """Compute the change of the diagonal, and that of h where wanted, as `a` moves."""
+    k = _longer(k, 0)
     with np.errstate(all="ignore"):
-        _, _, dg, dh = _solve_along(
-            a, _longer(k, 0), change, None, values=False, bonds=bonds
-        )
-        return dg, dh[:, :-1] if bonds else dh
+        if not bonds and a.shape[1] > DENSE and a.shape[1] % 2 == 0:
+            return _change(a, k, change), _NOTHING
+        _, _, dg, dh = _solve_along(a, k, change, None)
+    return dg, dh[:, :-1]
 
 
 def _solve(a: Array, k: Array, *, bonds: bool = True) -> tuple[Array, Array]:
@@ -53,7 +54,7 @@ def _solve(a: Array, k: Array, *, bonds: bool = True) -> tuple[Array, Array]:
     if length % 2:
         g, h = _solve(_longer(a, 1), _longer(k, 0), bonds=bonds)
         return g[:, :length], h[:, :length]
-    q = _reciprocal(a[:, 1::2])
+    q: Array = 1 / a[:, 1::2]
     left, right = k[:, 0::2] * q, k[:, 1::2] * q
     g, h = _solve(_without(a[:, 0::2], left, right), left * right)
     m_left, m_right = right * h, left * h
@@ -76,11 +77,8 @@ def _solve_along(
     k: Array,
     da: Array,
     dk: Array | None,
-    *,
-    values: bool = True,
-    bonds: bool = True,
 ) -> tuple[Array, Array, Array, Array]:
-    """Return G, h and their changes where wanted; dk is None where the bonds stay."""
+    """Return G, h and their changes; dk is None where the bonds stay."""
     length = a.shape[1]
     if length <= DENSE:
         inverse = _inverse(a, k)
@@ -92,12 +90,10 @@ def _solve_along(
             _longer(k, 0),
             _longer(da, 0),
             None if dk is None else _longer(dk, 0),
-            values=values,
-            bonds=bonds,
         )
         g, h, dg, dh = (each[:, :length] for each in found)
         return g, h, dg, dh
-    q = _reciprocal(a[:, 1::2])
+    q: Array = 1 / a[:, 1::2]
     left, right = k[:, 0::2] * q, k[:, 1::2] * q
     rise = q * da[:, 1::2]  # dq / q
     np.negative(rise, out=rise)
@@ -134,8 +130,6 @@ def _solve_along(
     left *= q
     left += rise * odd
     dg = _interleave(dg, left)
-    if not (values or bonds):
-        return _NOTHING, _NOTHING, dg, _NOTHING
     m_left *= q
     m_right *= q
     dm_left *= q
@@ -143,9 +137,39 @@ def _solve_along(
     dm_left += rise * m_left
     dm_right += rise * m_right
     dh = _interleave(dm_left, dm_right)
-    if not values:
-        return _NOTHING, _NOTHING, dg, dh
     return _interleave(g, odd), _interleave(m_left, m_right), dg, dh
+
+
+def _change(a: Array, k: Array, da: Array) -> Array:
+    """Return the change of G alone, where the bonds stay: half of the levels' work.
+
+    G_o = q (1 + p_l G_l + p_r G_r + 2 k' h') needs no m, and dp = p dq / q.
+    """
+    q: Array = 1 / a[:, 1::2]
+    rise = q * da[:, 1::2]  # dq / q
+    np.negative(rise, out=rise)
+    left, right = k[:, 0::2] * q, k[:, 1::2] * q
+    bond = left * right
+    d_bond = bond * rise
+    d_bond += d_bond
+    d_even = _without(da[:, 0::2], left * rise, right * rise)
+    even = _without(a[:, 0::2], left, right)
+    g, h, dg, dh = _solve_along(even, bond, d_even, d_bond)
+    h *= bond
+    dh *= bond
+    weight, change = left * g, left * dg
+    weight[:, :-1] += right[:, :-1] * g[:, 1:]
+    change[:, :-1] += right[:, :-1] * dg[:, 1:]
+    dh += dh
+    change += dh
+    h *= 3
+    weight += h  # q counts 1 + 2 (p_l G_l + p_r G_r + 3 k' h') times
+    weight += weight
+    weight += 1
+    weight *= rise
+    change += weight
+    change *= q
+    return _interleave(dg, change)
 
 
 def _matrix(a: Array, k: Array, upper: float) -> Array:
@@ -174,16 +198,6 @@ def _entries(inverse: Array) -> tuple[Array, Array]:
     h = np.zeros((len(flat), length), flat.dtype)
     np.negative(flat[:, 1 :: length + 1], out=h[:, :-1])
     return flat[:, :: length + 1], h
-
-
-def _reciprocal(a: Array) -> Array:
-    """Compute 1 / a; NumPy's own division guards against overflow, one by one."""
-    re, im = a.real, a.imag
-    size = re * re
-    size += im * im
-    out: Array = np.conj(a)
-    out *= 1 / size
-    return out
 
 
 def _longer(x: Array, value: float) -> Array:

@@ -142,20 +142,28 @@ def _flattened(
     if num_sites == 0:
         return diagonal.to(dtype.to_complex())
     flat = len(batch) == 1
-    point = torch.as_tensor(z, device=diagonal.device).to(torch.complex128)
+    if isinstance(z, Tensor) and z.dtype == torch.complex128:
+        point = z
+    else:
+        point = torch.as_tensor(z, device=diagonal.device).to(torch.complex128)
     point = _expand("z", point, batch)
     out = cast(
         "Tensor",
         _Resolvent.apply(  # type: ignore[no-untyped-call]
-            (diagonal if flat else diagonal.reshape(-1, num_sites)).to(dtype),
-            _couplings("upper", upper, batch, num_sites - 1).to(dtype),
-            _couplings("lower", lower, batch, num_sites - 1).to(dtype),
+            _as(diagonal if flat else diagonal.reshape(-1, num_sites), dtype),
+            _as(_couplings("upper", upper, batch, num_sites - 1), dtype),
+            _as(_couplings("lower", lower, batch, num_sites - 1), dtype),
             point if flat else point.reshape(-1),
             precision,
             causal,
         ),
     )
     return out if flat else out.reshape(*batch, num_sites)
+
+
+def _as(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Convert where there is something to convert: to ask torch costs a call."""
+    return value if value.dtype == dtype else value.to(dtype)
 
 
 def arithmetic_of_forward(
@@ -213,7 +221,7 @@ class _Resolvent(torch.autograd.Function):
             precision.backward == "auto" and wide
         )
         ctx.save_for_backward(d, upper, lower, z, *_keep(chain, out, precision, wide))
-        return out.to(d.dtype.to_complex())
+        return _as(out, d.dtype.to_complex())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -241,7 +249,7 @@ def _as_input(analytic: Tensor, given: Tensor) -> Tensor:
         analytic = analytic.sum_to_size(given.shape)
     if given.is_complex():
         return analytic.conj().to(given.dtype)
-    return (analytic.real if analytic.is_complex() else analytic).to(given.dtype)
+    return _as(analytic.real if analytic.is_complex() else analytic, given.dtype)
 
 
 def _keep(

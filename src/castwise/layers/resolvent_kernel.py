@@ -36,6 +36,7 @@ from typing import Any, NamedTuple
 
 import numba
 import numpy as np
+from numpy.typing import NDArray
 
 from castwise.layers.lanes import (
     WIDTH,
@@ -191,10 +192,11 @@ def solve(
 
 
 @part
-def finish(job: Job, left: Arm, right: Arm, bad: Marks, point: int | None) -> None:
-    """Mark broken rows; write dL/dz = -sum dL/da where wanted."""
+def finish(job: Job, left: Arm, right: Arm, bad: Marks, point: int | None) -> int:
+    """Mark broken rows, and count them; write dL/dz = -sum dL/da where wanted."""
     joined = right.turn < 0
     one, count = job.one, num_lanes(job.one)
+    num_bad = 0
     for lane in range(count):
         here = lane * (WIDTH // count)
         q0 = load_one(left.carried + LARGEST * WIDTH + here, one, one)
@@ -207,6 +209,7 @@ def finish(job: Job, left: Arm, right: Arm, bad: Marks, point: int | None) -> No
         row, other = left.rows[lane], right.rows[lane]
         bad[row] = not (q0 * job.length <= GROWTH * g0 < np.inf)
         bad[other] = not (q1 * job.length <= GROWTH * g1 < np.inf)
+        num_bad += bad[row] + bad[other]
         if point is None:
             continue
         for half in range(2):
@@ -217,6 +220,7 @@ def finish(job: Job, left: Arm, right: Arm, bad: Marks, point: int | None) -> No
                 x = y = x + y
             store_one(point + 16 * row + 8 * half, -x, 1.0)
             store_one(point + 16 * other + 8 * half, -y, 1.0)
+    return num_bad
 
 
 @part
@@ -228,12 +232,13 @@ def every_row(
     out: int,
     bond: int | None,
     point: int | None,
-) -> None:
-    """Solve all rows, as many at a time as two arms take."""
+) -> int:
+    """Solve all rows, as many at a time as two arms take; return how many marks."""
     causal = job.side == 0
     count = num_lanes(job.one)
     held = HEAD + (job.tile + SPARE) * job.record
     borders = memory + 3 * held
+    num_bad = 0
     for row in range(0, job.num_rows, 2 * count if causal else count):
         left = arm(job, row, 1, False, memory)
         if causal:
@@ -242,7 +247,8 @@ def every_row(
             right = arm(job, row, -1, False, memory + held)
         idle = arm(job, row, 1, True, memory + 2 * held)
         solve(job, left, right, idle, borders, grad, out, bond)
-        finish(job, left, right, bad, point)
+        num_bad += finish(job, left, right, bad, point)
+    return num_bad
 
 
 def forward(
@@ -260,8 +266,8 @@ def forward(
     memory: int,
     bad: Marks,
     out: int,
-) -> None:
-    """Write the diagonal, and mark rows that broke."""
+) -> int:
+    """Write the diagonal, and mark rows that broke; return 0 if none did."""
     size, record = itemsize(io), (2 if shared is None else 3) * WIDTH
     job = Job(
         d,
@@ -279,7 +285,7 @@ def forward(
         io,
         one,
     )
-    every_row(job, memory, bad, None, out, None, None)
+    return every_row(job, memory, bad, None, out, None, None)
 
 
 def backward(
@@ -300,8 +306,8 @@ def backward(
     site: int,
     bond: int | None,
     point: int,
-) -> None:
-    """Write the gradients; nothing of the forward is needed but its inputs."""
+) -> int:
+    """Write the gradients, and mark rows that broke; return 0 if none did."""
     size, record = itemsize(io), (4 if shared is None else 5) * WIDTH
     job = Job(
         d,
@@ -319,7 +325,7 @@ def backward(
         io,
         one,
     )
-    every_row(job, memory, bad, grad, site, bond, point)
+    return every_row(job, memory, bad, grad, site, bond, point)
 
 
 @functools.cache
@@ -351,3 +357,15 @@ def scratch(length: int, fields: int, *, joined: bool) -> tuple[int, int]:
         address = (kept.ctypes.data + WIDTH - 1) // WIDTH * WIDTH
         _per_thread.memory = needed, address, kept
     return tile, address
+
+
+def room(num_bytes: int) -> NDArray[np.uint8]:
+    """Return memory for a large result, where a line of a cache begins.
+
+    Memory that nobody has used yet costs a fault for each page, for small pages more
+    than the kernel itself takes. NumPy asks for huge ones from 4 MiB on, torch only if
+    its environment says so.
+    """
+    raw = np.empty(num_bytes + WIDTH, dtype=np.uint8)
+    start = -raw.ctypes.data % WIDTH
+    return raw[start : start + num_bytes]

@@ -56,7 +56,7 @@ class Chain:
 
 
 _FP64, _FP32 = np.float64(1), np.float32(1)
-HUGE = 1 << 22  # bytes
+HUGE = 1 << 22  # bytes from which NumPy asks for huge pages
 
 
 class Gradient(NamedTuple):
@@ -70,6 +70,14 @@ class Gradient(NamedTuple):
 
     point: Tensor
     """By z, `[B]` complex."""
+
+
+@functools.cache
+def _kernel() -> Any:
+    """Return the kernel; once, since even a repeated import costs a microsecond."""
+    from castwise.layers import resolvent_kernel  # noqa: PLC0415 -- numba is slow
+
+    return resolvent_kernel
 
 
 @functools.cache
@@ -315,12 +323,7 @@ def _star_gradient(
 def _kernel_inputs(
     chain: Chain, wide: bool, num_fields: int
 ) -> tuple[tuple[Any, ...], Any]:
-    """Prepare what both entry points take, and what must live until they return.
-
-    A record has so many fields, and one more where rows have couplings of their own.
-    """
-    from castwise.layers.resolvent_kernel import scratch  # noqa: PLC0415 -- see above
-
+    """Prepare what both entry points take, and what must live until they return."""
     d, k, z = chain.d.contiguous(), chain.k.contiguous(), chain.z.resolve_conj()
     if not wide and d.dtype == torch.float64:
         d, k = d.float(), k.float()
@@ -328,7 +331,7 @@ def _kernel_inputs(
     num_rows, num_sites = d.shape
     one = _FP64 if wide else _FP32
     shared = k.shape[0] == 1
-    tile, memory = scratch(
+    tile, memory = _kernel().scratch(
         num_sites, num_fields + (not shared), joined=not chain.causal
     )
     return (
@@ -349,39 +352,28 @@ def _kernel_inputs(
 
 
 def _room(num_rows: int, length: int, dtype: torch.dtype) -> Tensor:
-    """Return memory for a result, in huge pages where it is large.
-
-    Memory that nobody has used yet costs a fault for each page: for small pages more
-    than the kernel itself takes. NumPy asks for huge ones from `HUGE` bytes on, torch
-    only if the environment says so.
-    """
+    """Return memory for a result."""
     num_bytes = num_rows * length * dtype.itemsize
     if num_bytes < HUGE:
         return torch.empty(num_rows, length, dtype=dtype)
-    raw = np.empty(num_bytes + 64, dtype=np.uint8)
-    start = -raw.ctypes.data % 64  # rows are written by whole lines of a cache
-    room = torch.from_numpy(raw[start : start + num_bytes])
-    return room.view(dtype).view(num_rows, length)
+    raw = torch.from_numpy(_kernel().room(num_bytes))
+    return raw.view(dtype).view(num_rows, length)
 
 
 def _kernel_forward(chain: Chain, wide: bool) -> tuple[Tensor, Tensor | None]:
     """Return the diagonal, and which rows broke."""
-    from castwise.layers.resolvent_kernel import compiled  # noqa: PLC0415 -- see above
-
     inputs, held = _kernel_inputs(chain, wide, 2)
     num_rows, num_sites = chain.d.shape
     out = _room(num_rows, num_sites, held[0].dtype.to_complex())
-    compiled().forward(*inputs, out.data_ptr())
+    broken = _kernel().compiled().forward(*inputs, out.data_ptr())
     del held
-    return out, _marked(inputs[-1])
+    return out, torch.from_numpy(inputs[-1]) if broken else None
 
 
 def _kernel_backward(
     chain: Chain, upstream: Tensor, wide: bool, need_k: bool
 ) -> tuple[Gradient, Tensor | None]:
     """Return the gradient, and which rows broke."""
-    from castwise.layers.resolvent_kernel import compiled  # noqa: PLC0415 -- see above
-
     inputs, held = _kernel_inputs(chain, wide, 4)
     num_rows, num_sites = chain.d.shape
     complex_dtype = held[0].dtype.to_complex()
@@ -389,12 +381,19 @@ def _kernel_backward(
     site = _room(num_rows, num_sites, held[0].dtype)
     bond = _room(num_rows, num_sites - 1, complex_dtype) if need_k else None
     point = torch.empty(num_rows, dtype=torch.complex128)
-    compiled().backward(
-        *inputs,
-        grad.data_ptr(),
-        site.data_ptr(),
-        None if bond is None else bond.data_ptr(),
-        point.data_ptr(),
+    broken = (
+        _kernel()
+        .compiled()
+        .backward(
+            *inputs,
+            grad.data_ptr(),
+            site.data_ptr(),
+            None if bond is None else bond.data_ptr(),
+            point.data_ptr(),
+        )
     )
     del held
-    return Gradient(site, bond, point), _marked(inputs[-1])
+    return (
+        Gradient(site, bond, point),
+        torch.from_numpy(inputs[-1]) if broken else None,
+    )
