@@ -14,15 +14,19 @@ and a backward in turns, each way right after torch's own:
 Bytes are counted, not sampled: of each storage alive (`castwise.memory.lifetimes`).
 `held` is what waits between forward and backward, `peak` the most at any instant, both
 above weights and batch. Errors are against the same model in float64. Times are CPU
-seconds of the process: medians of the ratios of neighbouring turns, with quartiles.
+seconds of the process: medians of the ratios of neighbouring turns, with quartiles;
+`again` is the plain way once more, which shows what differences mean. Left alone, glibc
+gives large blocks back and faults them in again, in one way more than in another and in
+some runs; `--keep-blocks` makes it keep them.
 
-    python benchmarks/saves.py --json docs/accepted/saves.json --page
+    python benchmarks/saves.py --keep-blocks --json docs/accepted/saves.json --page
     python benchmarks/saves.py --turns 2 --width 64
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import statistics
@@ -33,6 +37,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from autocast import keep_blocks
 from page_tables import filled, markdown
 from small_lm import (
     LanguageModel,
@@ -48,12 +53,12 @@ from torch import Tensor
 import castwise as cw
 
 if TYPE_CHECKING:
-    import contextlib
     from collections.abc import Callable, Mapping
 
 PAGE = Path(__file__).parents[1] / "docs" / "memory.md"
 FOLDER = tempfile.gettempdir()
 WAYS: dict[str, Callable[[LanguageModel], contextlib.AbstractContextManager[Any]]] = {
+    "again": lambda _: contextlib.nullcontext(),
     "fp16": lambda model: cw.store_saves(model, "fp16"),
     "bf16": lambda model: cw.store_saves(model, "bf16"),
     "int8": lambda model: cw.store_saves(model, "int8"),
@@ -219,9 +224,12 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--turns", type=int, default=20)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--keep-blocks", action="store_true", help="see above")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--page", action="store_true", help="write docs/memory.md")
     args = parser.parse_args()
+    if args.keep_blocks:
+        keep_blocks()
     torch.set_num_threads(args.threads)
     record: dict[str, Any] = head_of_record(args)
     for low, name in ((False, "fp32"), (True, "bf16")):
