@@ -7,6 +7,13 @@ from typing import Any
 
 import click
 
+compress_option = click.option(
+    "--compress",
+    default="reduce",
+    metavar="HOW",
+    help="Gradients of ddp: bf16, fp16, powersgd:rank=4.  [default: the policy]",
+)
+
 
 def launch_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the device, and how a run is spread over processes, to a command."""
@@ -23,13 +30,7 @@ def launch_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 type=click.Choice(["ddp", "fsdp"]),
                 help="Over the processes of torchrun.  [default: one process]",
             ),
-            click.option(
-                "--compress",
-                default="reduce",
-                metavar="HOW",
-                help="Gradients of ddp: bf16, fp16, powersgd:rank=4.  "
-                "[default: the policy]",
-            ),
+            compress_option,
         )
     ):
         command = option(command)

@@ -22,6 +22,7 @@ from torchrun_runs import (
     LAST_BITS,
     TRAIN,
     assert_same_end,
+    bits_of,
     finished,
     journal_of,
     send_to_rank,
@@ -114,6 +115,29 @@ def test_shards_reach_it_and_go_on_from_parts(place: Path) -> None:
 
 
 @pytest.mark.slow
+def test_gradients_travel_as_the_flag_says_and_what_is_owed_is_saved(
+    place: Path,
+) -> None:
+    """Lightning's DDP sums by `castwise.replicate`; a resumed run has the same bits."""
+    how = ("--strategy", "ddp", "--compress", "powersgd:rank=2,start=2", "--steps", "6")
+    more = ("--precision", "bf16-mixed", *how)
+    finished(started(*words_of(place, "owed", *more), data=place / "data"))
+    shutil.copytree(place / "owed", place / "resumed")
+    (last,) = (place / "resumed" / "checkpoints").glob("*-step-6.*")
+    last.unlink()
+    again = words_of(place, "resumed", "--resume", *how)
+    finished(started(*again, data=place / "data"))
+    trees = [RUNS.tree_of(place, out) for out in ("owed", "resumed")]
+    for part in ("not_sent", "lightning"):
+        states = [bits_of(tree[part]) for tree in trees]
+        for tree in states:
+            tree.pop("loops", None)  # how long each of them took
+        assert states[0] == states[1]
+    assert any(each.any() for each in trees[0]["not_sent"]["errors"].values())
+    assert trees[0]["facts"]["compress"] == "powersgd:rank=2,start=2"
+
+
+@pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(place: Path) -> None:
     """Weights in 16 bits and their remainders, in parts; the checkpoint is whole."""
     more = ("--precision", "bf16-true", "--strategy", "fsdp", "--steps", "3000")
@@ -184,11 +208,12 @@ def test_strategies_that_cannot_be_are_refused_by_name(
 ) -> None:
     """FSDP2 needs torchrun, which leaves no other strategy of Lightning to choose."""
     device = Decision(torch.device("cpu"), "test")
-    with (
-        pytest.raises(SettingsError, match="torchrun --nproc-per-node"),
-        spread.open_spread("fsdp", device),
-    ):
-        pass
+    for words in (("fsdp", device), ("ddp", device, "powersgd:rank=4")):
+        with (
+            pytest.raises(SettingsError, match="torchrun --nproc-per-node"),
+            spread.open_spread(*words),
+        ):
+            pass
     torchrun_says(monkeypatch)
     with (
         pytest.raises(SettingsError, match=r"auto, ddp, fsdp, got 'ddp_spawn'"),

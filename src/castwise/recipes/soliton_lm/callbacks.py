@@ -96,7 +96,6 @@ class RunCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin, or go on with the random numbers of the checkpoint."""
-        del pl_module
         if threading.current_thread() is threading.main_thread():
             # Lightning has put its own in place; it puts back what was there before
             for one in (signal.SIGINT, signal.SIGTERM):
@@ -105,6 +104,7 @@ class RunCallback(Callback):
             stored = self._tree["random"]
             by_rank = stored if isinstance(stored, list) else [stored]
             at = trainer.global_rank
+            self._files.strategy.take_not_sent(pl_module, self._tree)
             restore_random_states(by_rank[at if at < len(by_rank) else 0])
         self._monitor.reset_peak()
         self._started = self._window_started = time.perf_counter()
@@ -194,6 +194,7 @@ class RunCallback(Callback):
         self._files.extras = {
             "train_seconds": self.train_seconds,
             "num_skipped": self._skipped_before + self._num_skipped,
+            **self._files.strategy.not_sent(trainer.lightning_module),
         }
         trainer.save_checkpoint(f"step-{step}")
 

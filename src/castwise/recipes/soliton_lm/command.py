@@ -16,6 +16,7 @@ from castwise.recipes.language.options import (
     place_options,
     precision_of,
 )
+from castwise.recipes.launch_options import compress_option
 
 
 @click.command("soliton_lm")
@@ -36,6 +37,7 @@ from castwise.recipes.language.options import (
     show_default=True,
     help="A strategy of Lightning, such as ddp; fsdp under torchrun.",
 )
+@compress_option
 def train(**flags: Any) -> int:
     """Train a language model around Cayley propagators, through Lightning."""
     from castwise.errors import MissingExtraError, SettingsError
@@ -65,6 +67,7 @@ def train(**flags: Any) -> int:
         recipe.Place(
             devices=devices,
             strategy=flags["strategy"],
+            compress=flags["compress"],
             device=flags["device"],
             out=flags["out"],
             resume=flags["resume"],

@@ -35,7 +35,9 @@ class ShelfFiles(CheckpointIO):
     def __init__(
         self, saves: Saves, strategy: Strategy, facts: Mapping[str, Any]
     ) -> None:
-        self._saves, self._strategy, self._facts = saves, strategy, dict(facts)
+        self._saves, self._facts = saves, dict(facts)
+        self.strategy = strategy
+        """How the run is spread over processes."""
         self._stand: list[Saved] = []
         self.score: float | None = None
         """What the next checkpoint is judged by."""
@@ -71,7 +73,7 @@ class ShelfFiles(CheckpointIO):
     ) -> dict[str, Any]:
         """Return Lightning's part of a checkpoint."""
         del map_location, weights_only
-        _, tree = self._strategy.read(Path(path))
+        _, tree = self.strategy.read(Path(path))
         found: dict[str, Any] = tree["lightning"]
         return found
 
@@ -82,7 +84,7 @@ class ShelfFiles(CheckpointIO):
     def _random_states(self) -> Any:
         """Return those of this process, or of all ranks where all of them save."""
         own = capture_random_states()
-        return self._strategy.gathered(own) if self._strategy.is_sharded else own
+        return self.strategy.gathered(own) if self.strategy.is_sharded else own
 
 
 def _plain(value: Any) -> Any:

@@ -55,7 +55,6 @@ from castwise.recipes.soliton_lm.model import RECIPE, build_model
 from castwise.recipes.soliton_lm.module import SolitonModule
 from castwise.recipes.soliton_lm.plain_files import ShelfFiles
 from castwise.recipes.soliton_lm.sharded import (
-    ShardedStrategy,
     cutter,
     whole_weights,
 )
@@ -76,6 +75,9 @@ class Place:
 
     strategy: str = "auto"
     """auto, ddp, ddp_spawn, ..., as Lightning's Trainer takes it; fsdp for FSDP2."""
+
+    compress: str = "reduce"
+    """How ddp under torchrun makes gradients smaller."""
 
     device: str = "auto"
     """auto, cpu or cuda."""
@@ -125,7 +127,9 @@ def train(asked: Asked, place: Place) -> int:
     Raises:
         CastwiseError: For every mistake in a flag, a file or a folder.
     """
-    with spread.open_spread(place.strategy, choose_device(place.device)) as launch:
+    with spread.open_spread(
+        place.strategy, choose_device(place.device), place.compress
+    ) as launch:
         return _train(asked, place, launch)
 
 
@@ -275,14 +279,12 @@ def _trainer(
     callback: RunCallback,
 ) -> Trainer:
     training = plan.settings.training
-    sharded = launch.strategy.is_sharded
+    ours = spread.strategy_for_trainer(launch, precision, plan.fallback)
     try:
         return Trainer(
             accelerator="gpu" if launch.device.value.type == "cuda" else "cpu",
             **shape,
-            strategy=ShardedStrategy(launch.ranks.num_ranks)
-            if sharded
-            else place.strategy,
+            strategy=ours or place.strategy,
             plugins=[precision, files],
             callbacks=[callback],
             max_steps=training.num_steps,

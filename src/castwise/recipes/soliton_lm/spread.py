@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -23,8 +23,15 @@ from castwise.decision import Decision
 from castwise.distributed.ranks import ALONE, launched
 from castwise.errors import SettingsError
 from castwise.recipes.launch import Launch, open_launch
+from castwise.recipes.soliton_lm.replicated import ReplicatedStrategy
+from castwise.recipes.soliton_lm.sharded import ShardedStrategy
 from castwise.training.run_folder import RunFolder, open_run_folder
 from castwise.training.strategy import Strategy
+
+if TYPE_CHECKING:
+    from lightning.pytorch.strategies import ParallelStrategy
+
+    from castwise.integrations.lightning import CastwisePrecision
 
 _FOLDER = "CASTWISE_RUN_FOLDER"  # how processes that Lightning starts learn of it
 _UNDER_TORCHRUN = {"auto": "ddp", "ddp": "ddp", "fsdp": "fsdp"}
@@ -41,12 +48,15 @@ def is_first() -> bool:
 
 
 @contextmanager
-def open_spread(strategy: str, device: Decision[torch.device]) -> Iterator[Launch]:
+def open_spread(
+    strategy: str, device: Decision[torch.device], compress: str = "reduce"
+) -> Iterator[Launch]:
     """Join the processes of torchrun for the length of a with-block, if there are any.
 
     Args:
         strategy: What `--strategy` says.
         device: What `--device` says; of several GPUs each rank takes its own.
+        compress: What `--compress` says.
 
     Raises:
         SettingsError: It starts processes of its own under torchrun, or needs torchrun.
@@ -57,6 +67,11 @@ def open_spread(strategy: str, device: Decision[torch.device]) -> Iterator[Launc
                 "--strategy fsdp needs processes that train together; start them by "
                 "torchrun --nproc-per-node N -m castwise train ..."
             )
+        if compress != "reduce":
+            raise SettingsError(
+                f"--compress {compress} needs the processes of torchrun; start them by "
+                "torchrun --nproc-per-node N -m castwise train ..."
+            )
         console = Console(quiet=not is_first())
         yield Launch(strategy=Strategy(), device=device, console=console)
         return
@@ -65,7 +80,8 @@ def open_spread(strategy: str, device: Decision[torch.device]) -> Iterator[Launc
             f"under torchrun --strategy needs to be {', '.join(_UNDER_TORCHRUN)}, got "
             f"{strategy!r}; start castwise alone for other strategies of Lightning"
         )
-    with open_launch(asked=_UNDER_TORCHRUN[strategy], device=device) as launch:
+    ours = _UNDER_TORCHRUN[strategy]
+    with open_launch(asked=ours, device=device, compress=compress) as launch:
         yield launch
 
 
@@ -97,6 +113,23 @@ def open_folder(
             "folder; name one for all of them with --out."
         )
     return RunFolder(path=Path(path), resuming=resume)
+
+
+def strategy_for_trainer(
+    launch: Launch, precision: CastwisePrecision, fallback: str | None
+) -> ParallelStrategy | None:
+    """Return the strategy that Lightning's Trainer is to be given; none: its own.
+
+    Args:
+        launch: The processes of torchrun, if there are any.
+        precision: The policy of the run.
+        fallback: The format to use instead of one that the device cannot do.
+    """
+    if launch.strategy.name == "ddp":
+        return ReplicatedStrategy(precision, fallback, launch.strategy.compress)
+    if launch.strategy.is_sharded:
+        return ShardedStrategy(launch.ranks.num_ranks)
+    return None
 
 
 def shape_for_trainer(devices: str | None) -> dict[str, Any]:
