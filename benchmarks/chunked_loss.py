@@ -1,14 +1,14 @@
 """Time and peak memory of the chunked cross-entropy beside its rivals, in one process.
 
     OMP_NUM_THREADS=1 python benchmarks/chunked_loss.py
-    python benchmarks/chunked_loss.py --json docs/accepted/chunked_loss.json --page
+    python benchmarks/chunked_loss.py --json docs/accepted/chunked_loss.json
 
 Rivals: a linear layer and torch's cross-entropy, and torch's own chunked loss where
-this version has one. Each is run forward and backward; times are wall clock, medians of
-the ratios of interleaved turns with quartiles; peaks are of the whole process above
-what it held before the call, so they hold the gradients. The second row is the first
-one again: it shows what differences mean. Errors are of the gradient of the head
-against float64, chunk by chunk.
+this version has one. Each is run forward and backward; times are CPU seconds of the
+process, ratios medians over interleaved turns, with quartiles; peaks are of the whole
+process above what it held before the call, so they hold the gradients. The second row
+is the first one again: it shows what differences mean. Errors are of the gradient of
+the head against float64, chunk by chunk.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from page_tables import filled, markdown
+from page_tables import markdown
 from small_lm import head_of_record
 from torch import Tensor
 from torch.nn import functional
@@ -33,7 +33,6 @@ from castwise.layers.chunked_loss import chunked_cross_entropy
 from castwise.memory.monitor import MemoryMonitor, steady_allocator
 
 MIB = 2**20
-PAGE = Path(__file__).parents[1] / "docs" / "resolvent_lm.md"
 PLAIN = "linear and cross_entropy"
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -82,15 +81,15 @@ class Bench:
         return total.float()
 
     def measure(self, fmt: str, loss_of: Loss) -> tuple[float, int]:
-        """Seconds of a forward and a backward, and the peak above what there was."""
+        """CPU seconds of a forward and backward, and the peak above what there was."""
         self.hidden.grad = self.head.grad = None
         before = self.monitor.now_bytes()
         self.monitor.reset_peak()
-        started = time.perf_counter()
+        started = time.process_time()
         with autocast("cpu", fmt) if fmt != "fp32" else nullcontext():
             loss = loss_of(self.hidden, self.head, self.targets)
         loss.backward()
-        seconds = time.perf_counter() - started
+        seconds = time.process_time() - started
         return seconds, self.monitor.peak_bytes() - before
 
     def error(self) -> float:
@@ -128,7 +127,7 @@ COLUMNS = ("format", "way", "time", "over the first (quartiles)", "peak", "error
 
 
 def table(record: Mapping[str, Any]) -> str:
-    """The table of the page."""
+    """A table for a page."""
     rows = []
     for fmt in ("fp32", "bf16"):
         for way, row in record[fmt].items():
@@ -166,8 +165,6 @@ def main() -> None:
     print(table(record))
     if args.json is not None:
         args.json.write_text(json.dumps(record, indent=1) + "\n")
-    if args.page:
-        PAGE.write_text(filled(PAGE.read_text(), {"chunked_loss": table(record)}))
 
 
 if __name__ == "__main__":
