@@ -118,7 +118,7 @@ def measured(bench: Bench, fmt: str, turns: int) -> dict[str, dict[str, float]]:
             "time_ratio": statistics.median(ratios),
             "lower_quartile": low,
             "upper_quartile": high,
-            "times_less": found[PLAIN]["peak_mib"] / row["peak_mib"],
+            "times_less": found[PLAIN]["peak_mib"] / max(1 / MIB, row["peak_mib"]),
         }
     return found
 
@@ -153,9 +153,6 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=50_304)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--json", type=Path)
-    parser.add_argument(
-        "--page", action="store_true", help="write docs/resolvent_lm.md"
-    )
     args = parser.parse_args()
     steady_allocator()
     bench = Bench(args.tokens, args.dim, args.vocab)
