@@ -3,10 +3,10 @@
     python benchmarks/estimate.py --jobs 2 --page       # what is not recorded yet
     python benchmarks/estimate.py --only gpt2 --tiny --json /tmp/tiny.json
 
-Forty rows: five models in three policies and with 8-bit states, each with and without
-recompute. The record is complete after each row, so that a run which was stopped goes
-on where it was (`--fresh` begins anew), and several rows run side by side. Every row is
-a process of its own, and in it stand, in this order:
+Fifty-six rows: seven models in three policies and with 8-bit states, each with and
+without recompute. The record is complete after each row, so that a run which was
+stopped goes on where it was (`--fresh` begins anew), and several rows run side by side.
+Every row is a process of its own, and in it stand, in this order:
 
     estimate    castwise.estimate, before anything ran, with the seconds it took
     tracker     torch.distributed._tools.MemTracker, torch's own, under fake tensors; it
@@ -58,6 +58,8 @@ POLICIES = ("32-true", "bf16-mixed", "bf16-true")
 KINDS = ("torch", "adamw8bit")
 BLOCKS = {
     "kenken": "blocks.*",
+    "resolvent": "blocks.?",
+    "soliton": "be*.?",
     "gpt2": "transformer.h.?",
     "llama": "model.layers.?",
     "vit": "*layer*.?",

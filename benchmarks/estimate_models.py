@@ -1,6 +1,8 @@
-"""The five models whose steps are estimated: full size, or tiny for a look.
+"""The seven models whose steps are estimated: full size, or tiny for a look.
 
 kenken   the recipe's model on the largest batch that it draws
+resolvent, soliton
+         the recipes' language models, as they train: 8 x 128 tokens
 gpt2     of transformers: six layers of width 384, 8 x 256 tokens, 8,192 words
 llama    of transformers: the same, grouped queries, gated layers
 vit      of transformers: the same width, 196 patches
@@ -15,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-CASES = ("kenken", "gpt2", "llama", "vit", "conv")
+CASES = ("kenken", "resolvent", "soliton", "gpt2", "llama", "vit", "conv")
 
 
 class Residual(nn.Module):
@@ -69,6 +71,8 @@ def build(case: str, *, tiny: bool) -> tuple[nn.Module, tuple[Any, ...], Any]:
     torch.manual_seed(0)
     if case == "kenken":
         return _kenken(tiny=tiny)
+    if case in {"resolvent", "soliton"}:
+        return _language(case, tiny=tiny)
     if case == "conv":
         model: nn.Module = ConvNet(16 if tiny else 64, 2 if tiny else 6)
         side, rows = (16, 3) if tiny else (96, 24)
@@ -93,6 +97,32 @@ def _kenken(*, tiny: bool) -> tuple[nn.Module, tuple[Any, ...], Any]:
     model = KenKenModel(model_settings(settings.model))
     given = (batch.tokens, batch.alphabet, batch.relations, batch)
     return model, given, completion_loss
+
+
+def _language(case: str, *, tiny: bool) -> tuple[nn.Module, tuple[Any, ...], Any]:
+    """A recipe's model, which returns its loss."""
+    from castwise.recipes.resolvent_lm.model import (  # noqa: PLC0415 -- numba
+        build_model as resolvent,
+    )
+    from castwise.recipes.resolvent_lm.settings import (  # noqa: PLC0415 -- as above
+        ResolventSettings,
+    )
+    from castwise.recipes.soliton_lm.model import (  # noqa: PLC0415 -- as above
+        build_model as soliton,
+    )
+    from castwise.recipes.soliton_lm.settings import (  # noqa: PLC0415 -- as above
+        SolitonSettings,
+    )
+
+    rows, length = (2, 32) if tiny else (8, 128)
+    tokens = torch.randint(101, (rows, length + 1))
+    batch = (tokens[:, :-1], tokens[:, 1:], None)
+    model: nn.Module = (
+        resolvent(ResolventSettings(), 101, length)
+        if case == "resolvent"
+        else soliton(SolitonSettings(), 101, length)
+    )
+    return model.train(), batch, lambda loss, _: loss
 
 
 def _transformer(case: str, *, tiny: bool) -> tuple[nn.Module, tuple[Any, ...]]:

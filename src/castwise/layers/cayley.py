@@ -25,6 +25,7 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from castwise.errors import SettingsError, SolverError
 from castwise.layers import chebyshev
@@ -50,11 +51,14 @@ def cayley_blocks(k: Tensor) -> tuple[Tensor, Tensor]:
     """Compute C - I and S of U = C - i S from K `[D, D]`, in fp64."""
     k = k.double()
     eye = torch.eye(len(k), dtype=k.dtype, device=k.device)
-    if k.abs().sum(-1).max() > CHOLESKY_LIMIT:
+    has_numbers = not isinstance(k, FakeTensor)  # in an estimate of memory it has none
+    if has_numbers and k.abs().sum(-1).max() > CHOLESKY_LIMIT:
         inverse = torch.linalg.inv(torch.complex(eye, k))
         return 2 * (inverse.real - eye), -2 * inverse.imag
     factor, info = torch.linalg.cholesky_ex(torch.addmm(eye, k, k))
-    if info.any():  # only a non-finite K gets here; it comes out non-finite
+    if (
+        has_numbers and info.any()
+    ):  # only a non-finite K gets here; it comes out non-finite
         return torch.full_like(k, float("nan")), torch.full_like(k, float("nan"))
     s = 2 * (k @ torch.cholesky_inverse(factor))
     return -(k @ s), s

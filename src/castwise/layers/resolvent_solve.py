@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from castwise.decision import Decision
 from castwise.layers import odd_even_numpy
@@ -320,14 +321,24 @@ def _star_gradient(
     return adjoint(chain, *entries, upstream, need_k=need_k, scan=scan)
 
 
-def _kernel_inputs(
-    chain: Chain, wide: bool, num_fields: int
-) -> tuple[tuple[Any, ...], Any]:
-    """Prepare what both entry points take, and what must live until they return."""
+def _has_no_numbers(chain: Chain) -> bool:
+    """Whether only shapes are asked for, as by an estimate of memory."""
+    return any(isinstance(each, FakeTensor) for each in (chain.d, chain.k, chain.z))
+
+
+def _kernel_tensors(chain: Chain, wide: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what machine code reads; it must live until that returns."""
     d, k, z = chain.d.contiguous(), chain.k.contiguous(), chain.z.resolve_conj()
     if not wide and d.dtype == torch.float64:
         d, k = d.float(), k.float()
-    z = z.contiguous()
+    return d, k, z.contiguous()
+
+
+def _kernel_inputs(
+    chain: Chain, held: tuple[Tensor, Tensor, Tensor], wide: bool, num_fields: int
+) -> tuple[Any, ...]:
+    """Prepare what both entry points take."""
+    d, k, z = held
     num_rows, num_sites = d.shape
     one = _FP64 if wide else _FP32
     shared = k.shape[0] == 1
@@ -348,13 +359,14 @@ def _kernel_inputs(
         one,
         memory,
         np.empty(num_rows, dtype=np.bool_),
-    ), (d, k, z)
+    )
 
 
-def _room(num_rows: int, length: int, dtype: torch.dtype) -> Tensor:
+def _room(chain: Chain, length: int, dtype: torch.dtype) -> Tensor:
     """Return memory for a result."""
+    num_rows = len(chain.d)
     num_bytes = num_rows * length * dtype.itemsize
-    if num_bytes < HUGE:
+    if num_bytes < HUGE or _has_no_numbers(chain):
         return torch.empty(num_rows, length, dtype=dtype)
     raw = torch.from_numpy(_kernel().room(num_bytes))
     return raw.view(dtype).view(num_rows, length)
@@ -362,11 +374,12 @@ def _room(num_rows: int, length: int, dtype: torch.dtype) -> Tensor:
 
 def _kernel_forward(chain: Chain, wide: bool) -> tuple[Tensor, Tensor | None]:
     """Return the diagonal, and which rows broke."""
-    inputs, held = _kernel_inputs(chain, wide, 2)
-    num_rows, num_sites = chain.d.shape
-    out = _room(num_rows, num_sites, held[0].dtype.to_complex())
+    held = _kernel_tensors(chain, wide)
+    out = _room(chain, chain.d.shape[1], held[0].dtype.to_complex())
+    if _has_no_numbers(chain):
+        return out, None
+    inputs = _kernel_inputs(chain, held, wide, 2)
     broken = _kernel().compiled().forward(*inputs, out.data_ptr())
-    del held
     return out, torch.from_numpy(inputs[-1]) if broken else None
 
 
@@ -374,13 +387,16 @@ def _kernel_backward(
     chain: Chain, upstream: Tensor, wide: bool, need_k: bool
 ) -> tuple[Gradient, Tensor | None]:
     """Return the gradient, and which rows broke."""
-    inputs, held = _kernel_inputs(chain, wide, 4)
+    held = _kernel_tensors(chain, wide)
     num_rows, num_sites = chain.d.shape
     complex_dtype = held[0].dtype.to_complex()
     grad = upstream.to(complex_dtype).resolve_conj().contiguous()
-    site = _room(num_rows, num_sites, held[0].dtype)
-    bond = _room(num_rows, num_sites - 1, complex_dtype) if need_k else None
+    site = _room(chain, num_sites, held[0].dtype)
+    bond = _room(chain, num_sites - 1, complex_dtype) if need_k else None
     point = torch.empty(num_rows, dtype=torch.complex128)
+    if _has_no_numbers(chain):
+        return Gradient(site, bond, point), None
+    inputs = _kernel_inputs(chain, held, wide, 4)
     broken = (
         _kernel()
         .compiled()
@@ -392,7 +408,6 @@ def _kernel_backward(
             point.data_ptr(),
         )
     )
-    del held
     return (
         Gradient(site, bond, point),
         torch.from_numpy(inputs[-1]) if broken else None,
