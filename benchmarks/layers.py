@@ -243,7 +243,8 @@ def _bare(rows: int, length: int) -> tuple[Callable[[], Any], Callable[[], Any]]
     upstream = torch.randn(rows, length, dtype=torch.complex64)
     z = torch.full((rows,), 1j, dtype=torch.complex128)
     chain_ = resolvent_solve.Chain(d=d, k=one[None], z=z, causal=False)
-    inputs, held = resolvent_solve._kernel_inputs(chain_, wide=True, num_fields=4)  # noqa: SLF001 -- to time what it calls
+    held = resolvent_solve._kernel_tensors(chain_, wide=True)  # noqa: SLF001 -- to time what it calls
+    inputs = resolvent_solve._kernel_inputs(chain_, held, wide=True, num_fields=4)  # noqa: SLF001 -- as above
     kernel = resolvent_kernel.compiled()
     out, site = torch.empty_like(upstream), torch.empty_like(d)
     point = torch.empty_like(z)

@@ -274,20 +274,6 @@ store_one: Any = intrinsic(_to_store_one)
 """address, number, number of the format to store -> nothing."""
 
 
-def _to_move(typing_context: Any, address: Any, to: Any) -> Any:
-    del typing_context
-
-    def generate(context: Any, builder: Any, sig: Any, values: Any) -> Any:
-        del sig
-        kind = ir.VectorType(ir.IntType(64), WIDTH // 8)
-        line = builder.load(at(builder, values[0], kind), align=1)
-        builder.store(line, at(builder, values[1], kind), align=1)
-        return context.get_dummy_value()
-
-    return types.void(address, to), generate
-
-
-move: Any = intrinsic(_to_move)
 """address, address -> nothing; copies 64 bytes."""
 
 
