@@ -274,9 +274,6 @@ store_one: Any = intrinsic(_to_store_one)
 """address, number, number of the format to store -> nothing."""
 
 
-"""address, address -> nothing; copies 64 bytes."""
-
-
 def _prefetcher(written: int) -> Any:
     def to_prefetch(typing_context: Any, address: Any) -> Any:
         del typing_context
