@@ -1,6 +1,6 @@
 """Train both language models and hold them against thresholds frozen before.
 
-    python benchmarks/accept_lm.py --json docs/accepted/lm.json
+    python benchmarks/accept_lm.py --json docs/accepted/lm.json --page
 
 Every run is a process of its own with one thread; two run at once. Per recipe, and for
 three seeds: fp32, bf16-mixed with islands, and two rivals of the same size and steps in
@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from page_tables import filled, markdown
 from torch import Tensor, nn
 
 import castwise as cw
@@ -49,6 +50,7 @@ from castwise.recipes.soliton_lm.model import RECIPE as SOLITON
 from castwise.training.journal import read_journal
 
 ROOT = Path(__file__).parents[1]
+PAGES = {name: ROOT / "docs" / f"{name}.md" for name in ("resolvent_lm", "soliton_lm")}
 RECIPES = {recipe.name: recipe for recipe in (RESOLVENT, SOLITON)}
 LAYERS = {"resolvent_lm": "blocks.0.mixing", "soliton_lm": "propagation"}
 ARMS = {
@@ -60,6 +62,8 @@ ARMS = {
 }
 ONCE = {"bare"}
 """Arms of one seed: what they show does not depend on it."""
+
+COLUMNS = ("arm", "seeds", "validation loss", "of seeds", "residual", "weights")
 
 STEPS = {"resolvent_lm": 600, "soliton_lm": 400}
 """Updates of every run of a recipe: a minute or so on one core."""
@@ -343,6 +347,25 @@ def judge(recipe: str, runs: dict[str, list[Run]], proof: dict[str, Any]) -> Any
     }
 
 
+def table(found: dict[str, Any]) -> str:
+    """What a recipe's runs came to, as rows of its page."""
+    rows = []
+    for arm, runs in found["runs"].items():
+        losses = [run["validation_loss"] for run in runs]
+        residuals = [run["residual"] for run in runs if run["residual"] is not None]
+        rows.append(
+            [
+                arm,
+                str(len(runs)),
+                f"{statistics.fmean(losses):.4f}",
+                f"{min(losses):.4f} to {max(losses):.4f}",
+                f"{max(residuals):.0e}" if residuals else "",
+                f"{runs[0]['num_weights']:,}",
+            ]
+        )
+    return markdown(COLUMNS, rows)
+
+
 def main() -> int:
     """Train, ask, judge, record."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -354,6 +377,7 @@ def main() -> int:
     parser.add_argument(
         "--keep", type=Path, help="a folder that keeps the runs, and goes on"
     )
+    parser.add_argument("--page", action="store_true", help="fill the tables there")
     flags = parser.parse_args()
     names = [flags.only] if flags.only else list(RECIPES)
     record: dict[str, Any] = {
@@ -375,6 +399,9 @@ def main() -> int:
             if flags.json is not None:  # what is done stays, whatever comes next
                 flags.json.parent.mkdir(parents=True, exist_ok=True)
                 flags.json.write_text(json.dumps(record, indent=1) + "\n")
+            if flags.page:
+                page = PAGES[name].read_text()
+                PAGES[name].write_text(filled(page, {"lm": table(record[name])}))
     missed = [
         f"{name}: {what}"
         for name in names

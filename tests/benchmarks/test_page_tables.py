@@ -39,6 +39,15 @@ def test_the_tables_of_plans_are_those_of_their_record() -> None:
     assert filled(page, graph_page.tables(record)) == page
 
 
+@pytest.mark.parametrize("recipe", ["resolvent_lm", "soliton_lm"])
+def test_the_pages_of_language_models_say_what_their_record_says(recipe: str) -> None:
+    """One record, a table on the page of each recipe."""
+    bench = importlib.import_module("accept_lm")
+    record = json.loads((RECORDS / "lm.json").read_text())
+    page = bench.PAGES[recipe].read_text()
+    assert filled(page, {"lm": bench.table(record[recipe])}) == page
+
+
 def test_a_table_takes_the_place_of_the_one_before() -> None:
     """Everything around it stays; a page without the place is an error."""
     page = "words\n<!-- table a -->\nold\n<!-- end of table -->\nmore\n"
