@@ -214,7 +214,7 @@ def main() -> int:
     draw(record, flags.picture)
     print(table(record))
     if flags.json == RECORD:
-        PAGE.write_text(filled(PAGE.read_text(), {"hour": table(record)}))
+        PAGE.write_text(filled(PAGE.read_text(), {"kenken_hour": table(record)}))
     goals = missed(record)
     print("\n".join(goals) or "every goal is reached")
     return 1 if goals else 0

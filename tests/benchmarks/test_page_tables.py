@@ -19,6 +19,7 @@ RECORDS = Path(__file__).parents[2] / "docs" / "accepted"
         "compression",
         "estimate",
         "fused_kernels",
+        "kenken_hour",
         "recompute",
         "saves",
         "static_scale",
