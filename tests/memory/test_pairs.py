@@ -148,6 +148,14 @@ def test_what_a_checkpoint_saved_is_not_asked_for() -> None:
         assert (one - other).norm() < 1e-3 * other.norm()
 
 
+def refuses_its_backward(model: nn.Module) -> None:
+    """The backward says what autograd itself would."""
+    with store_saves(model, "fp16"):
+        loss = model(torch.randn(99, 24))
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
 def test_a_source_that_is_written_afterwards_is_refused() -> None:
     """As autograd itself would; the pair does not give old numbers for new ones."""
 
@@ -158,11 +166,7 @@ def test_a_source_that_is_written_afterwards_is_refused() -> None:
             h.add_(1)
         return z
 
-    model, x = Perceptron(between), torch.randn(99, 24)
-    with store_saves(model, "fp16"):
-        loss = model(x)
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            loss.backward()
+    refuses_its_backward(Perceptron(between))
 
 
 def test_what_waits_and_was_written_is_refused() -> None:
@@ -174,11 +178,7 @@ def test_what_waits_and_was_written_is_refused() -> None:
             h.add_(1)
         return y
 
-    model, x = Perceptron(between), torch.randn(99, 24)
-    with store_saves(model, "fp16"):
-        loss = model(x)
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            loss.backward()
+    refuses_its_backward(Perceptron(between))
 
 
 def test_a_transformer_rounds_only_its_attention() -> None:

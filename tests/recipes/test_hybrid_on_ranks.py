@@ -16,10 +16,10 @@ from castwise.cli import root
 from castwise.decision import Decision
 from castwise.distributed.ranks import Ranks
 from castwise.errors import SettingsError
-from castwise.hybrid import HybridSettings, MixedPrecisionConfig
 from castwise.recipes.launch import Launch
 from castwise.training.journal import read_journal
 from castwise.training.strategy import Strategy
+from every_phase import every_phase
 from two_ranks import TwoRanks
 
 STEPS = 36
@@ -43,18 +43,7 @@ LAST_BITS = 2e-6
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Settings under which every phase occurs within a few steps, and a cache."""
     place = tmp_path_factory.mktemp("place")
-    settings = HybridSettings(
-        warmup_steps=5,
-        full_steps=4,
-        correct_steps=3,
-        max_predict_steps=4,
-        min_predict_steps=3,
-        confidence_threshold=0.01,
-        verification_z=0.0,
-        mode="stepwise",
-        predict_states="disk",
-        mixed_precision_config=MixedPrecisionConfig.default(),
-    )
+    settings = every_phase()
     (place / "hybrid.yaml").write_text(settings.to_yaml())
     (place / "small.yaml").write_text(CONFIG)
     return place

@@ -13,9 +13,9 @@ import torch
 from castwise.checkpoints import CheckpointShelf
 from castwise.cli import root
 from castwise.errors import ContradictionError, SettingsError
-from castwise.hybrid import HybridSettings, MixedPrecisionConfig
 from castwise.recipes.kenken.solver import KIND
 from castwise.training.journal import read_journal
+from every_phase import every_phase
 
 STEPS = 36
 TRAIN = (
@@ -33,19 +33,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def settings_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Settings under which every phase occurs within a few steps."""
-    settings = HybridSettings(
-        warmup_steps=5,
-        full_steps=4,
-        correct_steps=3,
-        max_predict_steps=4,
-        min_predict_steps=3,
-        confidence_threshold=0.01,
-        verification_z=0.0,
-        mode="stepwise",
-        observe_formats=True,
-        predict_states="disk",
-        mixed_precision_config=MixedPrecisionConfig.default(),
-    )
+    settings = every_phase(observe_formats=True)
     path = tmp_path_factory.mktemp("settings") / "hybrid.yaml"
     path.write_text(settings.to_yaml())
     return path
