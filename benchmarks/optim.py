@@ -32,13 +32,13 @@ from typing import Any
 
 import torch
 
+from castwise import torch_threads
 from castwise.optim import (
     SGD,
     AdamW,
     Lion,
     SweepSettings,
     hold_weights,
-    torch_threads,
 )
 
 REFERENCE = "torch AdamW fused, fp32"

@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import math
+import os
+import signal
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
+from castwise import torch_threads
 from castwise.errors import SettingsError, SolverError
 from castwise.layers import reference, resolvent_kernel, resolvent_solve
 from castwise.layers.legacy_gradients import resolvent_diagonal_with_legacy_gradient
@@ -207,6 +213,80 @@ def test_a_large_result_is_like_its_rows() -> None:
         assert torch.equal(single, out[row])
         assert leaf.grad is not None
         assert torch.equal(leaf.grad, d.grad[row])
+
+
+def results(
+    inputs: Inputs, *, causal: bool, threads: int, precision: ResolventPrecision
+) -> list[Tensor]:
+    """Return G and all gradients, computed in so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        out = resolvent_diagonal(*leaves, causal=causal, precision=precision)
+        upstream = torch.polar(torch.ones(69), torch.arange(69.0))
+        out.backward(upstream.expand_as(out).to(out.dtype))
+        return [out.detach(), *(x.grad for x in leaves if x.grad is not None)]
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("lent", [True, False])
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("causal", [False, True])
+def test_threads_change_no_bit(
+    monkeypatch: pytest.MonkeyPatch, *, causal: bool, own: bool, lent: bool
+) -> None:
+    """Rows that fill no register, couplings by row and shared, torch's threads or not.
+
+    One row has a zero pivot, where there is a way around it: it is found, and solved,
+    whoever walked it.
+    """
+    monkeypatch.setattr(resolvent_solve, "WORTH_A_THREAD", 1)
+    if not lent:
+        monkeypatch.setattr(torch_threads, "openmp", lambda: None)
+    wide = ResolventPrecision(forward="fp64")
+    narrow = ResolventPrecision(forward="fp32", backward="fp32", tolerance=math.inf)
+    for precision in (wide, narrow):
+        d, b, c = (x.float() for x in chain(69, batch=43)[:3])
+        if not own:
+            b, c = b[0], c[:1]
+        z = torch.full((43,), 0.3 + 1j, dtype=torch.complex128)
+        if not causal:
+            z[37], d[37, 0] = 0, 0
+        found = [
+            results((d, b, c, z), causal=causal, threads=threads, precision=precision)
+            for threads in (1, 2, 3)
+        ]
+        assert len(found[0]) == 5
+        for alone, two, three in zip(*found, strict=True):
+            assert torch.isfinite(torch.view_as_real(alone + 0j)).all()
+            assert torch.equal(alone, two)
+            assert torch.equal(alone, three)
+
+
+def test_a_fork_computes_after_its_parent_did(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Threads do not come along into a forked child; the answer does."""
+    monkeypatch.setattr(resolvent_solve, "WORTH_A_THREAD", 1)
+    inputs = chain(69, batch=43)
+    precision = ResolventPrecision()
+    expected = results(inputs, causal=False, threads=2, precision=precision)[0]
+    child = os.fork()
+    if child == 0:
+        out = results(inputs, causal=False, threads=2, precision=precision)[0]
+        os._exit(0 if torch.equal(out, expected) else 1)
+    deadline = time.monotonic() + 60
+    ended, status = os.waitpid(child, os.WNOHANG)
+    while not ended and time.monotonic() < deadline:
+        time.sleep(0.05)
+        ended, status = os.waitpid(child, os.WNOHANG)
+    if not ended:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert ended, "the child hangs"
+    assert os.waitstatus_to_exitcode(status) == 0
 
 
 def test_z_may_differ_by_layer_and_batch() -> None:

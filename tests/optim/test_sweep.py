@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from castwise import torch_threads
 from castwise.errors import SettingsError, WeightStorageError
 from castwise.optim import (
     SGD,
@@ -17,7 +18,6 @@ from castwise.optim import (
     Lion,
     SweepSettings,
     hold_weights,
-    torch_threads,
 )
 from castwise.optim.sweep import SweepOptimizer
 

@@ -274,6 +274,21 @@ store_one: Any = intrinsic(_to_store_one)
 """address, number, number of the format to store -> nothing."""
 
 
+def _to_count_up(typing_context: Any, address: Any) -> Any:
+    del typing_context
+
+    def generate(context: Any, builder: Any, sig: Any, values: Any) -> Any:
+        del context, sig
+        where = at(builder, values[0], ir.IntType(64))
+        return builder.atomic_rmw("add", where, ir.IntType(64)(1), "monotonic")
+
+    return types.int64(address), generate
+
+
+count_up: Any = intrinsic(_to_count_up)
+"""address of an int64 -> what it was; it is one more from now on, for all threads."""
+
+
 def _prefetcher(written: int) -> Any:
     def to_prefetch(typing_context: Any, address: Any) -> Any:
         del typing_context

@@ -14,16 +14,14 @@ operators, so that a model may call this anywhere. `normed` is the original in f
 
 from __future__ import annotations
 
-import functools
-import itertools
-import os
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from castwise import torch_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -161,19 +159,4 @@ def _in_parts(shape: tuple[int, int], work: Callable[[slice], None]) -> None:
     """Run `work` over parts of the rows, in threads where that pays."""
     rows, dim = shape
     worth = 1 + rows * dim // _WORTH_A_THREAD
-    num_threads = min(torch.get_num_threads(), worth, rows)
-    if num_threads == 1:
-        work(slice(0, rows))
-        return
-    edges = np.linspace(0, rows, num_threads + 1).astype(int).tolist()
-    pool = _pool(os.getpid(), num_threads)
-    parts = [slice(*part) for part in itertools.pairwise(edges)]
-    for done in [pool.submit(work, part) for part in parts]:
-        done.result()
-
-
-@functools.cache
-def _pool(pid: int, num_threads: int) -> ThreadPoolExecutor:
-    """Return the threads of this process; a fork inherits none, hence the pid."""
-    del pid
-    return ThreadPoolExecutor(num_threads, thread_name_prefix="castwise-norm")
+    torch_threads.in_parts(work, rows, min(torch.get_num_threads(), worth))

@@ -18,6 +18,7 @@ ahead uses `causal=True`, in which nothing comes from the right: 1 / u_i.
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass, replace
 from math import prod
@@ -191,13 +192,23 @@ def fp32_error(chain: solve.Chain) -> float:
     Ward identity, sum_j |G_ij|^2 = Im G_ii / eta, so that such a change moves G_ii by
     at most u |T| Im G_ii / eta. With negative k it is not Hermitian: no bound, inf.
     """
-    eta = chain.z.imag.abs().amin()
-    size = chain.d.abs().amax() + chain.z.abs().amax()
+    if chain.k.is_complex():
+        return float("inf")
+    size = chain.z.abs()
+    found = [chain.z.imag.abs().amin(), size.amax(), *_least_and_largest(chain.d)]
     if chain.k.numel():
-        if chain.k.is_complex() or chain.k.amin() < 0:
-            return float("inf")
-        size = size + 2 * chain.k.amax().sqrt()
-    return float(torch.finfo(torch.float32).eps / 2 * size / eta)
+        found += torch.aminmax(chain.k)
+    eta, shift, low, high, *bonds = torch.stack(found).tolist()  # waits once
+    least, largest = bonds or (0.0, 0.0)
+    if least < 0:
+        return float("inf")
+    norm = max(high, -low) + shift + 2 * math.sqrt(largest)
+    return torch.finfo(torch.float32).eps / 2 * norm / eta if eta else float("inf")
+
+
+def _least_and_largest(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both in one pass that writes nothing; of complex numbers, the size."""
+    return torch.aminmax(values.abs() if values.is_complex() else values)
 
 
 class _Resolvent(torch.autograd.Function):

@@ -26,21 +26,29 @@ repeat the last one, and write the same numbers to the same place.
 What an arm must remember stands in one record per site. Of a chain too long for the
 caches only a tile at a time is remembered, and walked once more on the way back from
 what entered it.
+
+Threads take the rows of a batch a register full at a time, each with records of its
+own; no row knows who took it, so that their number changes no bit. What they are called
+with is the address of one table of integers, which says all that is no type.
 """
 
 from __future__ import annotations
 
 import functools
 import threading
-from typing import Any, NamedTuple
+from array import array
+from collections.abc import Callable
+from typing import Any
 
 import numba
 import numpy as np
+from numba import types
 from numpy.typing import NDArray
 
+from castwise import torch_threads
 from castwise.layers.lanes import (
     WIDTH,
-    itemsize,
+    count_up,
     load,
     load_one,
     num_lanes,
@@ -64,6 +72,22 @@ from castwise.layers.resolvent_arms import (
     arm,
 )
 from castwise.layers.resolvent_columns import SQUARE
+from castwise.layers.resolvent_task import (
+    AT_BAD,
+    AT_BOND,
+    AT_BROKEN,
+    AT_GRAD,
+    AT_HELD,
+    AT_MEMORY,
+    AT_OUT,
+    AT_POINT,
+    AT_TAKEN,
+    AT_THREADS,
+    Kind,
+    Task,
+    entry,
+    job_of,
+)
 from castwise.layers.resolvent_walk import (
     inward,
     inward_with_source,
@@ -71,23 +95,10 @@ from castwise.layers.resolvent_walk import (
     outward_with_gradient,
 )
 
-Marks = Any  # one bool for each row
-
 WHOLE = 1 << 24  # bytes of records up to which a chain is remembered as a whole
 TILE = 1024  # sites of an arm that are remembered at once, of a longer chain
 SPARE = 2 + SQUARE  # records for the middle, and what a square has beyond its end
 GROWTH = 1e8  # |q|^2 above so many times the mean |G|^2 costs half of fp64's digits
-
-
-class Kernel(NamedTuple):
-    """The two entry points, compiled; all arrays are contiguous, and addresses."""
-
-    forward: Any
-    """`forward(*inputs, bad, out)`: writes G `[B, N]` and marks broken rows."""
-
-    backward: Any
-    """`backward(*inputs, bad, grad, site, bond, point)`: writes Re dL/da `[B, N]`,
-    dL/dk `[B, N-1]` unless it is None, and dL/dz `[B]` in fp64; all analytic."""
 
 
 @part
@@ -192,11 +203,11 @@ def solve(
 
 
 @part
-def finish(job: Job, left: Arm, right: Arm, bad: Marks, point: int | None) -> int:
-    """Mark broken rows, and count them; write dL/dz = -sum dL/da where wanted."""
+def finish(job: Job, left: Arm, right: Arm, bad: int, point: int | None) -> bool:
+    """Mark broken rows, and say if there are any; write dL/dz = -sum dL/da."""
     joined = right.turn < 0
     one, count = job.one, num_lanes(job.one)
-    num_bad = 0
+    broken = False
     for lane in range(count):
         here = lane * (WIDTH // count)
         q0 = load_one(left.carried + LARGEST * WIDTH + here, one, one)
@@ -207,9 +218,11 @@ def finish(job: Job, left: Arm, right: Arm, bad: Marks, point: int | None) -> in
             q0 = q1 = max(q0, q1)
             g0 = g1 = g0 + g1
         row, other = left.rows[lane], right.rows[lane]
-        bad[row] = not (q0 * job.length <= GROWTH * g0 < np.inf)
-        bad[other] = not (q1 * job.length <= GROWTH * g1 < np.inf)
-        num_bad += bad[row] + bad[other]
+        lost = not (q0 * job.length <= GROWTH * g0 < np.inf)
+        gone = not (q1 * job.length <= GROWTH * g1 < np.inf)
+        store_one(bad + 8 * row, 1 if lost else 0, 0)
+        store_one(bad + 8 * other, 1 if gone else 0, 0)
+        broken |= lost or gone
         if point is None:
             continue
         for half in range(2):
@@ -220,143 +233,123 @@ def finish(job: Job, left: Arm, right: Arm, bad: Marks, point: int | None) -> in
                 x = y = x + y
             store_one(point + 16 * row + 8 * half, -x, 1.0)
             store_one(point + 16 * other + 8 * half, -y, 1.0)
-    return num_bad
+    return broken
 
 
 @part
 def every_row(
     job: Job,
-    memory: int,
-    bad: Marks,
+    table: int,
     grad: int | None,
-    out: int,
     bond: int | None,
     point: int | None,
-) -> int:
-    """Solve all rows, as many at a time as two arms take; return how many marks."""
+) -> None:
+    """Solve rows until none is left, as many at a time as two arms take."""
     causal = job.side == 0
     count = num_lanes(job.one)
+    together = 2 * count if causal else count
     held = HEAD + (job.tile + SPARE) * job.record
-    borders = memory + 3 * held
-    num_bad = 0
-    for row in range(0, job.num_rows, 2 * count if causal else count):
+    memory = entry(table, AT_MEMORY) + count_up(table + 8 * AT_THREADS) * entry(
+        table, AT_HELD
+    )
+    bad, out = entry(table, AT_BAD), entry(table, AT_OUT)
+    row = together * count_up(table + 8 * AT_TAKEN)
+    while row < job.num_rows:
         left = arm(job, row, 1, False, memory)
         if causal:
             right = arm(job, row + count, 1, False, memory + held)
         else:
             right = arm(job, row, -1, False, memory + held)
         idle = arm(job, row, 1, True, memory + 2 * held)
-        solve(job, left, right, idle, borders, grad, out, bond)
-        num_bad += finish(job, left, right, bad, point)
-    return num_bad
+        solve(job, left, right, idle, memory + 3 * held, grad, out, bond)
+        if finish(job, left, right, bad, point):
+            store_one(table + 8 * AT_BROKEN, 1, 0)
+        row = together * count_up(table + 8 * AT_TAKEN)
 
 
-def forward(
-    d: int,
-    k: int,
-    k_stride: int,
-    shared: int | None,
-    z: int,
-    num_rows: int,
-    length: int,
-    tile: int,
-    side: Number,
-    io: Number,
-    one: Number,
-    memory: int,
-    bad: Marks,
-    out: int,
-) -> int:
-    """Write the diagonal, and mark rows that broke; return 0 if none did."""
-    size, record = itemsize(io), (2 if shared is None else 3) * WIDTH
-    job = Job(
-        d,
-        k,
-        k_stride,
-        shared,
-        z,
-        num_rows,
-        length,
-        tile,
-        size,
-        size * num_lanes(one),
-        record,
-        side,
-        io,
-        one,
-    )
-    return every_row(job, memory, bad, None, out, None, None)
+def _forward(io: Number, one: Number, shared: int | None) -> Callable[[int], None]:
+    record = (2 if shared is None else 3) * WIDTH
+
+    def work(table: int) -> None:
+        every_row(job_of(table, shared, record, io, one), table, None, None, None)
+
+    return work
 
 
-def backward(
-    d: int,
-    k: int,
-    k_stride: int,
-    shared: int | None,
-    z: int,
-    num_rows: int,
-    length: int,
-    tile: int,
-    side: Number,
-    io: Number,
-    one: Number,
-    memory: int,
-    bad: Marks,
-    grad: int,
-    site: int,
-    bond: int | None,
-    point: int,
-) -> int:
-    """Write the gradients, and mark rows that broke; return 0 if none did."""
-    size, record = itemsize(io), (4 if shared is None else 5) * WIDTH
-    job = Job(
-        d,
-        k,
-        k_stride,
-        shared,
-        z,
-        num_rows,
-        length,
-        tile,
-        size,
-        size * num_lanes(one),
-        record,
-        side,
-        io,
-        one,
-    )
-    return every_row(job, memory, bad, grad, site, bond, point)
+def _backward(io: Number, one: Number, shared: int | None) -> Callable[[int], None]:
+    record = (4 if shared is None else 5) * WIDTH
+
+    def work(table: int) -> None:
+        job = job_of(table, shared, record, io, one)
+        every_row(job, table, entry(table, AT_GRAD), None, entry(table, AT_POINT))
+
+    return work
+
+
+def _backward_with_bonds(
+    io: Number, one: Number, shared: int | None
+) -> Callable[[int], None]:
+    record = (4 if shared is None else 5) * WIDTH
+
+    def work(table: int) -> None:
+        job, bond = job_of(table, shared, record, io, one), entry(table, AT_BOND)
+        every_row(job, table, entry(table, AT_GRAD), bond, entry(table, AT_POINT))
+
+    return work
+
+
+_FORMATS = {False: np.float32(1), True: np.float64(1)}
 
 
 @functools.cache
-def compiled() -> Kernel:
+def machine_code(kind: Kind) -> Any:
     """Compile on first use; machine code is kept in the package's cache folder."""
-    entry = numba.njit(
-        fastmath={"contract"}, error_model="numpy", nogil=True, cache=True
+    make = _forward
+    if kind.grad:
+        make = _backward_with_bonds if kind.bond else _backward
+    work = make(_FORMATS[kind.wide_io], _FORMATS[kind.wide], None if kind.shared else 0)
+    compile_it = numba.cfunc(
+        types.void(types.int64), fastmath={"contract"}, error_model="numpy", cache=True
     )
-    return Kernel(entry(forward), entry(backward))
+    return compile_it(work)
 
 
-# one scratch per thread: mapping its pages anew would cost as much as a short chain;
-# nothing in it outlives a call
+def run(kind: Kind, task: Task, num_threads: int) -> bool:
+    """Do what a task says; return whether a row broke."""
+    table = array("q", task)
+    address, _ = table.buffer_info()
+    torch_threads.run(machine_code(kind).address, address, num_threads)
+    return table[AT_BROKEN] != 0
+
+
+def check() -> None:
+    """Raise RuntimeError where no folder can keep machine code."""
+    numba.njit(cache=True)(_forward)
+
+
+# one scratch per thread that calls: mapping its pages anew would cost as much as a
+# short chain; nothing in it outlives a call
 _per_thread = threading.local()
 
 
-def scratch(length: int, fields: int, *, joined: bool) -> tuple[int, int]:
-    """Return tile, and address of memory, for records of so many fields.
+def scratch(
+    length: int, fields: int, num_threads: int, *, joined: bool
+) -> tuple[int, int, int]:
+    """Return tile, address of memory, and bytes of it that each thread has.
 
     Two arms that meet have half a chain each.
     """
     steps, record = length // 2 if joined else length, fields * WIDTH
     tile = max(steps, 1) if 2 * steps * record <= WHOLE else TILE
-    held = HEAD + (tile + SPARE) * record
-    needed = 3 * held + (steps // tile + 1) * 8 * WIDTH + WIDTH
+    held = 3 * (HEAD + (tile + SPARE) * record)
+    held += (steps // tile + 1) * 8 * WIDTH
+    needed = num_threads * held + WIDTH
     size, address, _ = getattr(_per_thread, "memory", (0, 0, None))
     if size < needed:
         kept = np.empty(needed, dtype=np.uint8)
         address = (kept.ctypes.data + WIDTH - 1) // WIDTH * WIDTH
         _per_thread.memory = needed, address, kept
-    return tile, address
+    return tile, address, held
 
 
 def room(num_bytes: int) -> NDArray[np.uint8]:

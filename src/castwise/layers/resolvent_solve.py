@@ -56,8 +56,8 @@ class Chain:
         return a.tolist(), k.tolist()
 
 
-_FP64, _FP32 = np.float64(1), np.float32(1)
 HUGE = 1 << 22  # bytes from which NumPy asks for huge pages
+WORTH_A_THREAD = 1 << 16  # sites; below, waking a thread costs more than it saves
 
 
 class Gradient(NamedTuple):
@@ -89,7 +89,7 @@ def kernel_available() -> Decision[bool]:
     except ImportError as error:
         return Decision(False, f"numba cannot be imported: {error}")
     try:
-        resolvent_kernel.compiled()
+        resolvent_kernel.check()
     except RuntimeError as error:  # no folder to keep machine code in
         return Decision(False, f"numba cannot compile here: {error}")
     return Decision(True, "numba compiles for this processor")
@@ -334,32 +334,61 @@ def _kernel_tensors(chain: Chain, wide: bool) -> tuple[Tensor, Tensor, Tensor]:
     return d, k, z.contiguous()
 
 
-def _kernel_inputs(
-    chain: Chain, held: tuple[Tensor, Tensor, Tensor], wide: bool, num_fields: int
-) -> tuple[Any, ...]:
-    """Prepare what both entry points take."""
+def _run_kernel(
+    chain: Chain,
+    wide: bool,
+    held: tuple[Tensor, Tensor, Tensor],
+    out: Tensor,
+    *,
+    grad: Tensor | None = None,
+    bond: Tensor | None = None,
+    point: Tensor | None = None,
+) -> Tensor | None:
+    """Call machine code; return which rows broke, if any."""
+    kernel = _kernel()
     d, k, z = held
     num_rows, num_sites = d.shape
-    one = _FP64 if wide else _FP32
-    shared = k.shape[0] == 1
-    tile, memory = _kernel().scratch(
-        num_sites, num_fields + (not shared), joined=not chain.causal
+    shared, with_grad = len(k) == 1, grad is not None
+    kind = kernel.Kind(
+        d.dtype == torch.float64, wide, shared, with_grad, bond is not None
     )
-    return (
+    num_threads = _num_threads(num_rows * num_sites)
+    tile, memory, scratch = kernel.scratch(
+        num_sites,
+        (4 if with_grad else 2) + (not shared),
+        num_threads,
+        joined=not chain.causal,
+    )
+    bad = np.empty(num_rows, np.int64)
+    task = kernel.Task(
+        0,
+        0,
+        0,
         d.data_ptr(),
         k.data_ptr(),
         0 if shared else (num_sites - 1) * k.itemsize,
-        None if shared else 0,
         z.data_ptr(),
         num_rows,
         num_sites,
         tile,
-        one - one if chain.causal else one,
-        _FP64 if d.dtype == torch.float64 else _FP32,
-        one,
+        not chain.causal,
         memory,
-        np.empty(num_rows, dtype=np.bool_),
+        scratch,
+        bad.ctypes.data,
+        out.data_ptr(),
+        0 if grad is None else grad.data_ptr(),
+        0 if bond is None else bond.data_ptr(),
+        0 if point is None else point.data_ptr(),
     )
+    broken = kernel.run(kind, task, num_threads)
+    return torch.from_numpy(bad != 0) if broken else None
+
+
+def _num_threads(num_sites: int) -> int:
+    """Return in how many threads so many sites are walked fastest."""
+    if num_sites < 2 * WORTH_A_THREAD:
+        return 1
+    return min(torch.get_num_threads(), num_sites // WORTH_A_THREAD)
 
 
 def _room(chain: Chain, length: int, dtype: torch.dtype) -> Tensor:
@@ -378,9 +407,7 @@ def _kernel_forward(chain: Chain, wide: bool) -> tuple[Tensor, Tensor | None]:
     out = _room(chain, chain.d.shape[1], held[0].dtype.to_complex())
     if _has_no_numbers(chain):
         return out, None
-    inputs = _kernel_inputs(chain, held, wide, 2)
-    broken = _kernel().compiled().forward(*inputs, out.data_ptr())
-    return out, torch.from_numpy(inputs[-1]) if broken else None
+    return out, _run_kernel(chain, wide, held, out)
 
 
 def _kernel_backward(
@@ -394,21 +421,8 @@ def _kernel_backward(
     site = _room(chain, num_sites, held[0].dtype)
     bond = _room(chain, num_sites - 1, complex_dtype) if need_k else None
     point = torch.empty(num_rows, dtype=torch.complex128)
+    found = Gradient(site, bond, point)
     if _has_no_numbers(chain):
-        return Gradient(site, bond, point), None
-    inputs = _kernel_inputs(chain, held, wide, 4)
-    broken = (
-        _kernel()
-        .compiled()
-        .backward(
-            *inputs,
-            grad.data_ptr(),
-            site.data_ptr(),
-            None if bond is None else bond.data_ptr(),
-            point.data_ptr(),
-        )
-    )
-    return (
-        Gradient(site, bond, point),
-        torch.from_numpy(inputs[-1]) if broken else None,
-    )
+        return found, None
+    broken = _run_kernel(chain, wide, held, site, grad=grad, bond=bond, point=point)
+    return found, broken

@@ -16,7 +16,7 @@ import numpy as np
 from numba import cfunc, njit, types
 from numba.np.numpy_support import carray
 
-from castwise.optim import torch_threads
+from castwise import torch_threads
 from castwise.optim.addresses import count_up, pointer
 from castwise.optim.machine import sweep
 from castwise.optim.machine_checks import nonfinite, square_sums

@@ -7,15 +7,18 @@ tenth of an optimizer's step, which always comes right after a backward. So the 
 given to the very threads that wait, by the call that compilers make of `#pragma omp
 parallel`. Where torch uses no such library, and in a forked child, to which OpenMP
 threads do not come along, a pool of Python's threads does the work.
+
+Work that begins in Python goes to that pool at once: `in_parts`.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +52,32 @@ def run(work: int, data: int, num_threads: int) -> None:
             each.result()
 
 
+def in_parts(work: Callable[[slice], None], length: int, num_threads: int) -> None:
+    """Call `work` on parts of a range, at once; this thread does the first one.
+
+    An error is raised when all have ended, and the first one by the order of parts.
+
+    Args:
+        work: Python that leaves the interpreter's lock to others while it computes.
+        length: Of the range.
+        num_threads: How many parts; no more than the range is long.
+    """
+    num_parts = max(min(num_threads, length), 1)
+    edges = [length * i // num_parts for i in range(num_parts + 1)]
+    first, *rest = (slice(*edge) for edge in itertools.pairwise(edges))
+    if not rest:
+        work(first)
+        return
+    pool = _pool(os.getpid(), len(rest))
+    others = [pool.submit(work, part) for part in rest]
+    try:
+        work(first)
+    finally:
+        wait(others)
+    for each in others:
+        each.result()
+
+
 @functools.cache
 def openmp() -> Callable[..., None] | None:
     """Return `GOMP_parallel` of the library that torch itself is linked to, if any."""
@@ -74,4 +103,4 @@ def _callable(work: int) -> Callable[[int], None]:
 def _pool(pid: int, num_threads: int) -> ThreadPoolExecutor:
     """Return the threads of this process; a fork inherits none, hence the pid."""
     del pid
-    return ThreadPoolExecutor(num_threads, thread_name_prefix="castwise-sweep")
+    return ThreadPoolExecutor(num_threads, thread_name_prefix="castwise")
