@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import castwise as cw
 from castwise.autocast import autocast
-from castwise.graph.capture import Inner
 from castwise.graph.compiled import CompiledModel
+from castwise.graph.inner import Inner
 from castwise.numerics.error import relative_error
 from graph_cases import CASES, Case
 from tolerances import TOLERANCES

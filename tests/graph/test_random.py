@@ -12,8 +12,8 @@ import castwise as cw
 from castwise.autocast import autocast
 from castwise.graph import planner
 from castwise.graph.aliases import find_aliases
-from castwise.graph.capture import Inner
 from castwise.graph.compiled import CompiledModel
+from castwise.graph.inner import Inner
 from castwise.numerics.error import relative_error
 from castwise.policy import Policy, preset
 from random_nets import ROWS, WIDTH, RandomNet

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import castwise as cw
 from castwise.errors import PolicyError
-from castwise.graph.capture import Inner
+from castwise.graph.inner import Inner
 from castwise.numerics.error import relative_error
 from castwise.policy import Policy, preset
 from graph_cases import CASES, WIDTH, Attention, OwnProduct

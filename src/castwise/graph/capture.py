@@ -1,27 +1,21 @@
 """From a model to graphs: Dynamo captures, the planner plans, an inner compiler runs.
 
 Dynamo hands each graph that it captures to a backend. Ours plans it, inserts the casts,
-and hands it on:
-
-    eager       runs the graph operator by operator
-    aot_eager   as eager, forward and backward captured ahead of time
-    inductor    generates kernels
-
-It sees the operators of Python (`linear`, `softmax`), not those they fall apart into,
-so the operator table holds as it is, autograd makes the backward, and attention is
-still one operator.
+and hands it on to what runs it (`castwise.graph.inner`). It sees the operators of
+Python (`linear`, `softmax`), not those they fall apart into, so the operator table
+holds as it is, autograd makes the backward, and attention is still one operator.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
 
-from castwise.errors import SettingsError
 from castwise.graph.classify import PARAMETER
 from castwise.graph.coverage import covered
+from castwise.graph.inner import Inner, inner_compiler
 from castwise.graph.kept_weights import KeptWeights
 from castwise.graph.planner import plan_graph
 
@@ -29,26 +23,21 @@ if TYPE_CHECKING:
     from castwise.graph.plan import GraphPlan
     from castwise.graph.settings import Surroundings
 
-Inner = Literal["inductor", "aot_eager", "eager"]
-"""What runs a planned graph."""
-
-INNER: tuple[Inner, ...] = get_args(Inner)
-"""Every inner compiler."""
-
 
 class PlanningBackend:
     """What Dynamo hands its graphs to, in one phase."""
 
     def __init__(
-        self, surroundings: Surroundings, inner: Inner, *, kept: KeptWeights | None
+        self,
+        surroundings: Surroundings,
+        inner: Inner,
+        *,
+        kept: KeptWeights | None,
+        saves: str | None = None,
     ) -> None:
-        if inner not in INNER:
-            raise SettingsError(
-                f"an inner compiler is one of {', '.join(INNER)}, got {inner!r}"
-            )
         self._surroundings = surroundings
-        self._inner = inner
         self._kept = kept
+        self._compile, self.bills = inner_compiler(inner, saves)
         self._num_graphs = 0
         self.graphs: list[GraphPlan] = []
         """The plans of all graphs and of the bodies inside of them."""
@@ -80,15 +69,7 @@ class PlanningBackend:
         self.graphs += plan_graph(module, self._surroundings, name)
         inputs = list(examples)
         if self._kept is None:
-            return covered(_compiler(self._inner)(module, inputs))
+            return covered(self._compile(module, inputs))
         module, lend = self._kept.take_out(module, inputs)
-        run = covered(_compiler(self._inner)(module, inputs))
+        run = covered(self._compile(module, inputs))
         return lambda *args: run(*args, *lend(args))
-
-
-def _compiler(inner: Inner) -> Callable[[fx.GraphModule, list[Any]], Any]:
-    if inner == "eager":
-        return lambda module, _: module.forward
-    from torch._dynamo.backends.registry import lookup_backend  # noqa: PLC0415 -- loads Dynamo
-
-    return lookup_backend(inner)

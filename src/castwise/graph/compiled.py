@@ -30,7 +30,7 @@ from castwise.errors import (
     SettingsError,
     UnsupportedFormatError,
 )
-from castwise.graph.capture import Inner, PlanningBackend
+from castwise.graph.capture import PlanningBackend
 from castwise.graph.coverage import (
     CoverageWatch,
     Fallback,
@@ -38,9 +38,12 @@ from castwise.graph.coverage import (
     install,
     num_graphs_run,
 )
+from castwise.graph.inner import Inner
 from castwise.graph.kept_weights import KeptWeights
 from castwise.graph.plan import Plan, Uncovered
 from castwise.graph.settings import Surroundings
+from castwise.memory.row_formats import ROW_FORMATS
+from castwise.memory.saves import SavesBill, store_saves, total
 from castwise.numerics.contract import Contract, prove
 from castwise.policy.keys import PHASES
 from castwise.policy.presets import preset
@@ -65,6 +68,7 @@ class CompiledModel(nn.Module):
         phase: str,
         dynamic: bool | None,
         keep_weights: bool,
+        saves: str | None,
     ) -> None:
         super().__init__()
         self._orig_mod = model
@@ -72,6 +76,10 @@ class CompiledModel(nn.Module):
         self._inner = inner
         self._dynamic = dynamic
         self._kept = KeptWeights() if keep_weights else None
+        self._saves = _checked_saves(saves)
+        self._stored = (
+            store_saves(self, saves) if saves is not None and inner == "eager" else None
+        )
         self._variants: dict[str, _Variant] = {}
         self._device_type = _device_type(model)
         self.phase = phase
@@ -113,6 +121,15 @@ class CompiledModel(nn.Module):
             graphs=tuple(variant.backend.graphs),
             uncovered=variant.uncovered,
         )
+
+    def saves(self, phase: str | None = None) -> SavesBill:
+        """What the graphs of a phase keep for their backward, as far as it is stored.
+
+        With `inner="eager"` it is the latest call's, whatever its phase.
+        """
+        if self._stored is not None:
+            return self._stored.bill
+        return total(self._variant(phase).backend.bills)
 
     def prove(
         self, run: Callable[[], object], *, brought: Iterable[str] = ()
@@ -157,7 +174,9 @@ class CompiledModel(nn.Module):
         if phase not in self._variants:
             surroundings = Surroundings.of(self._orig_mod, self._policy, phase)
             _check_device(surroundings, self._device_type)
-            backend = PlanningBackend(surroundings, self._inner, kept=self._kept)
+            backend = PlanningBackend(
+                surroundings, self._inner, kept=self._kept, saves=self._saves
+            )
             self._variants[phase] = _Variant(
                 self._orig_mod, surroundings, backend, dynamic=self._dynamic
             )
@@ -238,6 +257,7 @@ def compile(  # noqa: A001 -- as in torch.compile
     phase: str = "full",
     dynamic: bool | None = None,
     keep_weights: bool = False,
+    saves: str | None = None,
 ) -> CompiledModel:
     """Compile a model so that its graphs run by a plan of a policy.
 
@@ -248,10 +268,12 @@ def compile(  # noqa: A001 -- as in torch.compile
         phase: The phase to begin in.
         dynamic: As in `torch.compile`: True plans for any batch size at once.
         keep_weights: Whether low copies of weights stay from call to call.
+        saves: The format in which graphs keep activations for their backward: fp16,
+            bf16 or int8 (`castwise.graph.saved_values`). Default: as they are.
 
     Raises:
         PolicyError: The policy asks for what a plan cannot give.
-        SettingsError: The inner compiler or the device is unknown.
+        SettingsError: The inner compiler, the device or the format of saves is unknown.
         UnsupportedFormatError: The device does not compute in a low format.
     """
     chosen = preset(policy) if isinstance(policy, str) else policy
@@ -262,7 +284,17 @@ def compile(  # noqa: A001 -- as in torch.compile
         phase=phase,
         dynamic=dynamic,
         keep_weights=keep_weights,
+        saves=saves,
     )
+
+
+def _checked_saves(saves: str | None) -> str | None:
+    if saves is not None and saves not in ROW_FORMATS:
+        raise SettingsError(
+            f"compiled graphs keep activations in {', '.join(ROW_FORMATS)}, got "
+            f"{saves!r}; leave saves out to keep them as they are"
+        )
+    return saves
 
 
 def _device_type(model: nn.Module) -> str:

@@ -24,6 +24,7 @@ a change raises the error that autograd would have raised.
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self, final
 
@@ -35,7 +36,7 @@ from castwise.memory.packer import Packer
 from castwise.memory.save_formats import AS_IS, Store, store_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from torch import nn
 
@@ -74,6 +75,23 @@ class SavesBill:
             f"saves {self.before_bytes / 2**20:.1f} -> {self.after_bytes / 2**20:.1f} "
             f"MiB (-{share:.0%}) in {self.num_packed} storages{whole}"
         )
+
+
+def total(bills: Iterable[SavesBill]) -> SavesBill:
+    """Add bills up."""
+    each = list(bills)
+    left = Counter[str]()
+    for bill in each:
+        left.update(bill.left_alone)
+    return SavesBill(
+        before_bytes=sum(bill.before_bytes for bill in each),
+        after_bytes=sum(bill.after_bytes for bill in each),
+        num_packed=sum(bill.num_packed for bill in each),
+        num_whole=sum(bill.num_whole for bill in each),
+        num_derived=sum(bill.num_derived for bill in each),
+        num_paired=sum(bill.num_paired for bill in each),
+        left_alone=left,
+    )
 
 
 def store_saves(
