@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from allocator import most_allocated
 from estimate_models import CASES, build
 from page_tables import filled, markdown
 from torch import nn
@@ -119,7 +120,7 @@ def row(case: str, policy: str, kind: str, *, again: bool, tiny: bool) -> dict:
         "accelerate": rule,
         "ledger": lifetimes.peak()[1],
         "ledger_saved": lifetimes.saved_bytes(),
-        "allocator": standing + allocated(run, batch, loss_fn),
+        "allocator": standing + most_allocated(lambda: step(run, batch, loss_fn)),
         "resident": standing + resident(run, batch, loss_fn),
         "peak": f"{told.peak.stage} {told.peak.op} of {told.peak.module}",
     }
@@ -129,21 +130,6 @@ def step(run: Run, batch: Sequence[Any], loss_fn: Any) -> None:
     """Make one step as a plain loop does."""
     with run.step() as open_step:
         open_step.backward(loss_fn(run.model(*batch[:-1]), batch[-1]))
-
-
-def allocated(run: Run, batch: Sequence[Any], loss_fn: Any) -> int:
-    """The most that the CPU allocator handed out within a step."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        step(run, batch, loss_fn)
-    results = profile.profiler.kineto_results
-    events = [each for each in results.events() if each.name() == "[memory]"]
-    held = most = 0
-    for each in sorted(events, key=lambda event: event.start_ns()):
-        held += each.nbytes()
-        most = max(most, held)
-    return most
 
 
 def resident(run: Run, batch: Sequence[Any], loss_fn: Any) -> int:

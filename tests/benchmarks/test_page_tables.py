@@ -16,6 +16,7 @@ RECORDS = Path(__file__).parents[2] / "docs" / "accepted"
 @pytest.mark.parametrize(
     "name",
     [
+        "compiled_saves",
         "compression",
         "estimate",
         "fused_kernels",
