@@ -41,7 +41,6 @@ from autocast import keep_blocks
 from page_tables import filled, markdown
 from small_lm import LanguageModel, draw_tokens, head_of_record, token_loss
 from torch import Tensor, nn
-from torch._inductor.compile_fx import compile_fx
 
 import castwise as cw
 
@@ -120,6 +119,8 @@ class Way:
 
 def inductor(fmt: str | None) -> Callable[..., Any]:
     """Inductor as a backend of its own, whose code no other way takes for its own."""
+    from torch._inductor.compile_fx import compile_fx  # noqa: PLC0415 -- loads a lot
+
     options = {
         "quant_type": fmt,
         "allowed_dtypes": "torch.float32;torch.bfloat16",
