@@ -215,6 +215,24 @@ def test_a_large_result_is_like_its_rows() -> None:
         assert torch.equal(leaf.grad, d.grad[row])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_whole_lines_past_the_caches_hold_the_same(dtype: torch.dtype) -> None:
+    """Rows of whole lines, and in the second register one row for all lanes."""
+    d, _, _, z = chain(65_600, batch=9)
+    d, one = d.to(dtype).requires_grad_(), torch.ones(65_599)
+    out = resolvent_diagonal(d, one, one, z)
+    upstream = torch.polar(torch.ones(65_600), torch.arange(65_600.0))
+    out.backward(upstream.expand_as(out).to(out.dtype))
+    assert d.grad is not None
+    for row in range(9):
+        leaf = d.detach()[row].requires_grad_()
+        single = resolvent_diagonal(leaf, one, one, z)
+        single.backward(upstream.to(out.dtype))
+        assert torch.equal(single, out[row])
+        assert leaf.grad is not None
+        assert torch.equal(leaf.grad, d.grad[row])
+
+
 def results(
     inputs: Inputs, *, causal: bool, threads: int, precision: ResolventPrecision
 ) -> list[Tensor]:

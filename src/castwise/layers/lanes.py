@@ -280,13 +280,14 @@ def _to_count_up(typing_context: Any, address: Any) -> Any:
     def generate(context: Any, builder: Any, sig: Any, values: Any) -> Any:
         del context, sig
         where = at(builder, values[0], ir.IntType(64))
-        return builder.atomic_rmw("add", where, ir.IntType(64)(1), "monotonic")
+        return builder.atomic_rmw("add", where, ir.IntType(64)(1), "seq_cst")
 
     return types.int64(address), generate
 
 
 count_up: Any = intrinsic(_to_count_up)
-"""address of an int64 -> what it was; it is one more from now on, for all threads."""
+"""address of an int64 -> what it was; it is one more from now on, for all threads, who
+then see all that was stored before, past the caches or not."""
 
 
 def _prefetcher(written: int) -> Any:

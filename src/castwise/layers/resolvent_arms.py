@@ -32,6 +32,8 @@ from castwise.layers.resolvent_columns import (
     row_numbers,
     take,
     take_pairs,
+    take_pairs_past,
+    take_past,
 )
 
 Number = Any  # a scalar that stands for its format
@@ -47,7 +49,7 @@ REAL, PAIR = 0, 1
 NUM_COLUMNS = 3
 MOST_LANES = 16
 BLOCK = 32  # sites whose columns stand in the first cache at once
-AHEAD = 64  # sites that are asked of the memory before they are wanted
+AHEAD = 64  # sites that are asked of the memory at once, before they are wanted
 
 
 class Job(NamedTuple):
@@ -75,6 +77,8 @@ class Job(NamedTuple):
     """Of one number outside for each lane."""
     record: int
     """From site to site."""
+    past: bool
+    """Whether what is written in whole lines goes past the caches."""
     side: Number
     """0 for the causal form, else 1."""
     io: Number
@@ -94,6 +98,9 @@ class Arm(NamedTuple):
     """1 to the right, -1 to the left."""
     idle: bool
     """Whether it only repeats another arm, and nobody wants its results."""
+    past: bool
+    """Whether what it writes goes past the caches; where lanes repeat a row, a line
+    that was written past them would be waited for."""
     carried: int
     """Address of what it carries inward."""
     back: int
@@ -139,6 +146,7 @@ def arm(job: Job, row: int, turn: int, idle: bool, memory: int) -> Arm:
         0 if turn > 0 else job.length - 1,
         turn,
         idle,
+        job.past and row + num_lanes(job.one) <= job.num_rows,
         memory,
         back,
         total,
@@ -168,7 +176,8 @@ def ask(
 ) -> None:
     """Ask for a share of what the rows have, of numbers of this size, `ahead` steps on.
 
-    A share is that of an eighth of the rows; eight squares in a row ask for all.
+    A share is that of an eighth of the rows; eight squares in a row ask for all. What
+    is read is asked for twice as early: the last of them would come too late.
     """
     rows = num_lanes(job.one) // SQUARE
     for i in range(rows):
@@ -227,7 +236,11 @@ def deliver(job: Job, walk: Arm, base: int, t: int, n: int, at: int) -> None:
     stride = size * job.length
     if n == SQUARE:
         get, way = rising(walk, at, step)
-        take(base + lowest(walk, t) * size, rows, stride, get, way, job.io)
+        to = base + lowest(walk, t) * size
+        if walk.past:
+            take_past(to, rows, stride, get, way, job.io)
+        else:
+            take(to, rows, stride, get, way, job.io)
         return
     for i in range(n):
         to = base + (walk.first + walk.turn * (t + i)) * size
@@ -238,14 +251,18 @@ def deliver(job: Job, walk: Arm, base: int, t: int, n: int, at: int) -> None:
 
 @part
 def deliver_pairs(
-    job: Job, walk: Arm, base: int, length: int, t: int, n: int, at: int
+    job: Job, walk: Arm, base: int, length: int, t: int, n: int, at: int, past: bool
 ) -> None:
     """Copy up to eight complex numbers into each row of this length."""
     rows, size, step = walk.rows, 2 * job.size, NUM_COLUMNS * job.column
     stride = size * length
     if n == SQUARE:
         get, way = rising(walk, at, step)
-        take_pairs(base + lowest(walk, t) * size, rows, stride, get, way, job.io)
+        to = base + lowest(walk, t) * size
+        if past:
+            take_pairs_past(to, rows, stride, get, way, job.io)
+        else:
+            take_pairs(to, rows, stride, get, way, job.io)
         return
     for i in range(n):
         to = base + (walk.first + walk.turn * (t + i)) * size
@@ -276,15 +293,15 @@ def bring_in(
     stride = size * job.length
     for i in range(0, n, SQUARE):
         s, m, to = t + i, min(SQUARE, n - i), walk.square + i * step
-        ask(job, walk, job.d, stride, size, s, AHEAD)
+        ask(job, walk, job.d, stride, size, s, 2 * AHEAD)
         fetch(job, walk, job.d, stride, s, m, to, step)
         if grad is not None:
-            ask(job, walk, grad, 2 * stride, 2 * size, s, AHEAD)
+            ask(job, walk, grad, 2 * stride, 2 * size, s, 2 * AHEAD)
             fetch_pairs(job, walk, grad, s, m, to + PAIR * job.column)
         if linked and job.shared is not None:
             first = job.k if walk.turn > 0 else job.k - size
             to = walk.records + (at + i + 1) * job.record - WIDTH
-            ask(job, walk, first, job.k_stride, size, s, AHEAD)
+            ask(job, walk, first, job.k_stride, size, s, 2 * AHEAD)
             fetch(job, walk, first, job.k_stride, s, m, to, job.record)
 
 
@@ -296,8 +313,10 @@ def bring_out(job: Job, walk: Arm, t: int, n: int, out: int) -> None:
     size, step = job.size, NUM_COLUMNS * job.column
     for i in range(0, n, SQUARE):
         s, m, at = t + i, min(SQUARE, n - i), walk.square + i * step
-        ask(job, walk, out, 2 * size * job.length, 2 * size, s, -AHEAD)
-        deliver_pairs(job, walk, out, job.length, s, m, at + PAIR * job.column)
+        if not walk.past:
+            ask(job, walk, out, 2 * size * job.length, 2 * size, s, -AHEAD)
+        put = at + PAIR * job.column
+        deliver_pairs(job, walk, out, job.length, s, m, put, walk.past)
 
 
 @part
@@ -310,10 +329,11 @@ def bring_gradients_out(
     size, step = job.size, NUM_COLUMNS * job.column
     for i in range(0, n, SQUARE):
         s, m, at = t + i, min(SQUARE, n - i), walk.square + i * step
-        ask(job, walk, out, size * job.length, size, s, -AHEAD)
+        if not walk.past:
+            ask(job, walk, out, size * job.length, size, s, -AHEAD)
         deliver(job, walk, out, s, m, at + REAL * job.column)
         if bond is not None and linked:
             first = bond if walk.turn > 0 else bond - 2 * size
             length, at = job.length - 1, at + PAIR * job.column
             ask(job, walk, first, 2 * size * length, 2 * size, s, -AHEAD)
-            deliver_pairs(job, walk, first, length, s, m, at)
+            deliver_pairs(job, walk, first, length, s, m, at, False)

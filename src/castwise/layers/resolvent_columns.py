@@ -16,7 +16,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from castwise.layers.lanes import at, element, lanes_of, num_bytes
+from castwise.layers.lanes import WIDTH, at, element, lanes_of, num_bytes
 
 SQUARE = 8  # rows, and sites
 
@@ -154,6 +154,10 @@ def _integer(value: int) -> Any:
     return ir.IntType(64)(value)
 
 
+def _number(value: int) -> Any:
+    return ir.IntType(32)(value)
+
+
 def _load(builder: Any, address: Any, scalar: Any, count: int = SQUARE) -> Any:
     kind = ir.VectorType(element(scalar), count)
     return builder.load(at(builder, address, kind), align=num_bytes(scalar))
@@ -163,16 +167,28 @@ def _store(builder: Any, value: Any, address: Any, scalar: Any) -> None:
     builder.store(value, at(builder, address, value.type), align=num_bytes(scalar))
 
 
+def _store_past(builder: Any, value: Any, address: Any, scalar: Any) -> None:
+    """Store whole lines, which do not stay in the caches."""
+    pointer = at(builder, address, value.type)
+    align = min(WIDTH, SQUARE * num_bytes(scalar))
+    stored = builder.store(value, pointer, align=align)
+    once = builder.module.add_metadata([_number(1)])
+    stored.set_metadata("nontemporal", once)
+
+
 def _bring(builder: Any, lines: list[Any], columns: list[Any], scalar: Any) -> None:
     rows = [_load(builder, line, scalar) for line in lines]
     for each, (to, _) in zip(_turned(builder, rows), columns, strict=True):
         _store(builder, each, to, scalar)
 
 
-def _take(builder: Any, lines: list[Any], columns: list[Any], scalar: Any) -> None:
-    found = [_load(builder, column, scalar) for column, _ in columns]
-    for each, to in zip(_turned(builder, found), lines, strict=True):
-        _store(builder, each, to, scalar)
+def _taker(store: Callable[[Any, Any, Any, Any], None]) -> Square:
+    def take(builder: Any, lines: list[Any], columns: list[Any], scalar: Any) -> None:
+        found = [_load(builder, column, scalar) for column, _ in columns]
+        for each, to in zip(_turned(builder, found), lines, strict=True):
+            store(builder, each, to, scalar)
+
+    return take
 
 
 def _bring_pairs(
@@ -185,27 +201,36 @@ def _bring_pairs(
             _store(builder, each, to, scalar)
 
 
-def _take_pairs(
-    builder: Any, lines: list[Any], columns: list[Any], scalar: Any
-) -> None:
-    found = [[_load(builder, part, scalar) for part in column] for column in columns]
-    rows = _rows_of_pairs(builder, found, scalar)
-    for each, to in zip(rows, lines, strict=True):
-        _store(builder, each, to, scalar)
+def _pairs_taker(store: Callable[[Any, Any, Any, Any], None]) -> Square:
+    def take_pairs(
+        builder: Any, lines: list[Any], columns: list[Any], scalar: Any
+    ) -> None:
+        found = [[_load(builder, x, scalar) for x in column] for column in columns]
+        rows = _rows_of_pairs(builder, found, scalar)
+        for each, to in zip(rows, lines, strict=True):
+            store(builder, each, to, scalar)
+
+    return take_pairs
 
 
 bring: Any = _mover(_bring)
 """address of the first of eight sites in row 0, row numbers, bytes from row to row,
 address of a column, bytes to the next one, number of the format there -> nothing."""
 
-take: Any = _mover(_take)
+take: Any = _mover(_taker(_store))
 """Like `bring`, from columns into rows."""
+
+take_past: Any = _mover(_taker(_store_past))
+"""Like `take`, past the caches: rows must begin where a line of those does."""
 
 bring_pairs: Any = _mover(_bring_pairs)
 """Like `bring` of complex numbers; in a column imaginary parts follow the real ones."""
 
-take_pairs: Any = _mover(_take_pairs)
+take_pairs: Any = _mover(_pairs_taker(_store))
 """Like `take` of complex numbers."""
+
+take_pairs_past: Any = _mover(_pairs_taker(_store_past))
+"""Like `take_pairs`, past the caches: rows must begin where a line of those does."""
 
 
 def _to_row_numbers(typing_context: Any, first: Any, last: Any, number: Any) -> Any:

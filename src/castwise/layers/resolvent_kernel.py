@@ -36,16 +36,24 @@ from __future__ import annotations
 
 import functools
 import threading
+import zlib
 from array import array
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numba
 import numpy as np
 from numba import types
-from numpy.typing import NDArray
 
 from castwise import torch_threads
+from castwise.layers import (
+    lanes,
+    resolvent_arms,
+    resolvent_columns,
+    resolvent_task,
+    resolvent_walk,
+)
 from castwise.layers.lanes import (
     WIDTH,
     count_up,
@@ -267,35 +275,56 @@ def every_row(
         row = together * count_up(table + 8 * AT_TAKEN)
 
 
-def _forward(io: Number, one: Number, shared: int | None) -> Callable[[int], None]:
+def _forward(
+    io: Number, one: Number, shared: int | None, edition: int
+) -> Callable[[int], None]:
     record = (2 if shared is None else 3) * WIDTH
 
     def work(table: int) -> None:
-        every_row(job_of(table, shared, record, io, one), table, None, None, None)
+        if edition:
+            job = job_of(table, shared, record, io, one)
+            every_row(job, table, None, None, None)
 
     return work
 
 
-def _backward(io: Number, one: Number, shared: int | None) -> Callable[[int], None]:
+def _backward(
+    io: Number, one: Number, shared: int | None, edition: int
+) -> Callable[[int], None]:
     record = (4 if shared is None else 5) * WIDTH
 
     def work(table: int) -> None:
-        job = job_of(table, shared, record, io, one)
-        every_row(job, table, entry(table, AT_GRAD), None, entry(table, AT_POINT))
+        if edition:
+            job = job_of(table, shared, record, io, one)
+            every_row(job, table, entry(table, AT_GRAD), None, entry(table, AT_POINT))
 
     return work
 
 
 def _backward_with_bonds(
-    io: Number, one: Number, shared: int | None
+    io: Number, one: Number, shared: int | None, edition: int
 ) -> Callable[[int], None]:
     record = (4 if shared is None else 5) * WIDTH
 
     def work(table: int) -> None:
-        job, bond = job_of(table, shared, record, io, one), entry(table, AT_BOND)
-        every_row(job, table, entry(table, AT_GRAD), bond, entry(table, AT_POINT))
+        if edition:
+            grad, bond = entry(table, AT_GRAD), entry(table, AT_BOND)
+            job = job_of(table, shared, record, io, one)
+            every_row(job, table, grad, bond, entry(table, AT_POINT))
 
     return work
+
+
+@functools.cache
+def _edition() -> int:
+    """Number the source that machine code is made of, never 0.
+
+    What is kept on disk would outlive a change of it: numba watches one file alone, and
+    the constants of a function.
+    """
+    rooms = (lanes, resolvent_arms, resolvent_columns, resolvent_task, resolvent_walk)
+    source = b"".join(Path(str(room.__file__)).read_bytes() for room in rooms)
+    return zlib.crc32(source) + 1
 
 
 _FORMATS = {False: np.float32(1), True: np.float64(1)}
@@ -307,7 +336,8 @@ def machine_code(kind: Kind) -> Any:
     make = _forward
     if kind.grad:
         make = _backward_with_bonds if kind.bond else _backward
-    work = make(_FORMATS[kind.wide_io], _FORMATS[kind.wide], None if kind.shared else 0)
+    shared = None if kind.shared else 0
+    work = make(_FORMATS[kind.wide_io], _FORMATS[kind.wide], shared, _edition())
     compile_it = numba.cfunc(
         types.void(types.int64), fastmath={"contract"}, error_model="numpy", cache=True
     )
@@ -350,15 +380,3 @@ def scratch(
         address = (kept.ctypes.data + WIDTH - 1) // WIDTH * WIDTH
         _per_thread.memory = needed, address, kept
     return tile, address, held
-
-
-def room(num_bytes: int) -> NDArray[np.uint8]:
-    """Return memory for a large result, where a line of a cache begins.
-
-    Memory that nobody has used yet costs a fault for each page, for small pages more
-    than the kernel itself takes. NumPy asks for huge ones from 4 MiB on, torch only if
-    its environment says so.
-    """
-    raw = np.empty(num_bytes + WIDTH, dtype=np.uint8)
-    start = -raw.ctypes.data % WIDTH
-    return raw[start : start + num_bytes]

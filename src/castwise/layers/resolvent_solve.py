@@ -24,6 +24,7 @@ from torch._subclasses import FakeTensor
 
 from castwise.decision import Decision
 from castwise.layers import odd_even_numpy
+from castwise.layers.kept_blocks import HUGE, LINE, block
 from castwise.layers.odd_even import diagonal_along, diagonal_and_bonds, linear_scan
 from castwise.layers.projective import row_diagonal, row_gradient
 
@@ -56,7 +57,6 @@ class Chain:
         return a.tolist(), k.tolist()
 
 
-HUGE = 1 << 22  # bytes from which NumPy asks for huge pages
 WORTH_A_THREAD = 1 << 16  # sites; below, waking a thread costs more than it saves
 
 
@@ -372,6 +372,7 @@ def _run_kernel(
         num_sites,
         tile,
         not chain.causal,
+        _goes_past_caches(out),
         memory,
         scratch,
         bad.ctypes.data,
@@ -382,6 +383,18 @@ def _run_kernel(
     )
     broken = kernel.run(kind, task, num_threads)
     return torch.from_numpy(bad != 0) if broken else None
+
+
+def _goes_past_caches(out: Tensor) -> bool:
+    """Whether a result is too large to wait in the caches, and all rows whole lines.
+
+    Storing it there would first read what it replaces, and drop what is remembered.
+    """
+    return (
+        out.nbytes >= HUGE
+        and out.data_ptr() % LINE == 0
+        and out.shape[1] * out.itemsize % LINE == 0
+    )
 
 
 def _num_threads(num_sites: int) -> int:
@@ -397,7 +410,7 @@ def _room(chain: Chain, length: int, dtype: torch.dtype) -> Tensor:
     num_bytes = num_rows * length * dtype.itemsize
     if num_bytes < HUGE or _has_no_numbers(chain):
         return torch.empty(num_rows, length, dtype=dtype)
-    raw = torch.from_numpy(_kernel().room(num_bytes))
+    raw = torch.from_numpy(block(num_bytes))
     return raw.view(dtype).view(num_rows, length)
 
 

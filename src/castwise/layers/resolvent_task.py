@@ -37,6 +37,8 @@ class Task(NamedTuple):
     """Sites of an arm that are remembered at once."""
     side: int
     """0 for the causal form, else 1."""
+    past: int
+    """1 where G goes past the caches: rows of whole lines, too many to stay there."""
     memory: int
     """Address of the scratch of all threads."""
     held: int
@@ -65,6 +67,7 @@ class Task(NamedTuple):
     AT_NUM_SITES,
     AT_TILE,
     AT_SIDE,
+    AT_PAST,
     AT_MEMORY,
     AT_HELD,
     AT_BAD,
@@ -112,6 +115,7 @@ def job_of(table: int, shared: int | None, record: int, io: Number, one: Number)
         size,
         size * num_lanes(one),
         record,
+        entry(table, AT_PAST) != 0,
         one if entry(table, AT_SIDE) else one - one,
         io,
         one,
