@@ -18,6 +18,7 @@ belongs on a quiet machine.
     python benchmarks/graph.py                      counts, bytes, errors: busy or quiet
     python benchmarks/graph.py --times eager --turns 21
     python benchmarks/graph.py --times inductor --turns 21
+    python benchmarks/graph.py --inference          with and without kept weights
     python benchmarks/graph.py --planning           seconds to plan 32 layers
     python benchmarks/graph.py --recompilations     graphs captured when things change
     python benchmarks/graph.py --ahead              casts left ahead of time, by stage
@@ -41,6 +42,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -251,12 +253,12 @@ class ConvNet(nn.Module):
         return F.cross_entropy(logits, torch.arange(len(x), device=x.device) % 10)
 
 
-def build(name: str, num_layers: int = 2) -> nn.Module:
-    """One of the models, with the same weights each time."""
+def build(name: str, num_layers: int = 2, width: int = 256) -> nn.Module:
+    """One of the models, with the same weights each time; two of them of any width."""
     torch.manual_seed(0)
     makers: dict[str, Callable[[], nn.Module]] = {
-        "lm": lambda: LanguageModel(101, 256, num_layers),
-        "llama": lambda: Llama(101, 256, num_layers),
+        "lm": lambda: LanguageModel(101, width, num_layers),
+        "llama": lambda: Llama(101, width, num_layers),
         "vit": lambda: ImageTransformer(192, num_layers),
         "conv": lambda: ConvNet(32, num_layers),
         "kenken": lambda: KenKenModel(model_settings("small")),
@@ -341,29 +343,57 @@ def times(name: str, inner: str, num_turns: int, device: str) -> dict[str, float
         else:
             run = torch_run(fresh if inner == "eager" else torch.compile(fresh))
         steps[way] = (run, torch.optim.SGD(fresh.parameters(), lr=1e-3))
-    taken: dict[str, list[float]] = {way: [] for way in steps}
+
+    def step(way: str) -> None:
+        run, optimizer = steps[way]
+        loss_fn(run(*batch[:-1]), batch[-1]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return in_turns({way: partial(step, way) for way in steps}, num_turns)
+
+
+def inference(name: str, num_turns: int, device: str) -> dict[str, Any]:
+    """Times of 16 tokens without gradients, compiled, with and without kept weights."""
+    model = build(name, 4, 512).eval().to(device)
+    (tokens, *_) = moved(batch_of(name, 1, 16), device)
+    runs: dict[str, Run] = {}
+    for way in ("torch.autocast", "torch.autocast again", "plan", "plan, kept weights"):
+        fresh = copy.deepcopy(model)
+        if way.startswith("plan"):
+            kept = way != "plan"
+            runs[way] = cw.compile(fresh, "bf16-mixed", keep_weights=kept)
+        else:
+            runs[way] = torch_run(torch.compile(fresh))
+    with torch.no_grad():
+        return in_turns(
+            {way: partial(run, tokens) for way, run in runs.items()}, num_turns
+        )
+
+
+def in_turns(ways: dict[str, Callable[[], Any]], num_turns: int) -> dict[str, Any]:
+    """CPU time of each way over that of the first, their turns alternating."""
+    taken: dict[str, list[float]] = {way: [] for way in ways}
     for turn in range(num_turns + 3):
-        for way in list(steps)[:: 1 - turn % 2 * 2]:
-            run, optimizer = steps[way]
+        for way in list(ways)[:: 1 - turn % 2 * 2]:
             start = time.process_time()
-            loss_fn(run(*batch[:-1]), batch[-1]).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            ways[way]()
             if turn >= 3:
                 taken[way].append(time.process_time() - start)
         gc.collect()
-    base = taken["torch.autocast"]
+    first, *others = ways
+    base = taken[first]
     return {
-        "torch.autocast, ms": 1e3 * statistics.median(base),
+        f"{first}, ms": 1e3 * statistics.median(base),
         **{
             f"{way}, ratio": statistics.median(taken[way]) / statistics.median(base)
-            for way in list(steps)[1:]
+            for way in others
         },
         **{
             f"{way}, quartiles of ratios": statistics.quantiles(
                 [a / b for a, b in zip(taken[way], base, strict=True)], n=4
             )[::2]
-            for way in list(steps)[1:]
+            for way in others
         },
     }
 
@@ -464,6 +494,7 @@ def main() -> int:
     parser.add_argument("--models", nargs="*", default=list(every), choices=every)
     parser.add_argument("--times", choices=("eager", "aot_eager", "inductor"))
     parser.add_argument("--turns", type=int, default=21)
+    parser.add_argument("--inference", action="store_true")
     parser.add_argument("--planning", action="store_true")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--recompilations", action="store_true")
@@ -524,9 +555,13 @@ def measured(settings: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         plain = [name for name in settings.models if name in MODELS]
         flows = {name: gradient_flows(name, settings.turns) for name in plain}
         return "gradient flow", flows
-    if settings.planning:
-        names = ("lm", "llama")
-        return "planning", {name: planning(name, settings.layers) for name in names}
+    if settings.planning or settings.inference:
+        names, turns = ("lm", "llama"), settings.turns
+        if settings.inference:
+            rows = {name: inference(name, turns, settings.device) for name in names}
+        else:
+            rows = {name: planning(name, settings.layers) for name in names}
+        return "inference" if settings.inference else "planning", rows
     if settings.times:
         names = settings.models
         if settings.times == "inductor":  # the recipes take minutes each to compile

@@ -43,6 +43,10 @@ def tables(record: dict[str, Any]) -> dict[str, str]:
             ("model", "runs", "torch.autocast", "plan", "torch.autocast again"),
             list(_times(record)),
         ),
+        "plans_inference": markdown(
+            ("model", *("torch.autocast", "plan", "kept weights", "autocast again")),
+            list(_inference(record["inference"])),
+        ),
         "gradient_flow": markdown(
             (
                 "model",
@@ -112,6 +116,20 @@ def _times(record: dict[str, Any]) -> Iterator[Row]:
                     for way in ("plan", "torch.autocast again")
                 )
                 yield name.partition(",")[0], runs, base, *ratios
+
+
+def _inference(record: dict[str, Any]) -> Iterator[Row]:
+    ways = ("plan", "plan, kept weights", "torch.autocast again")
+    for key, found in record.items():
+        if key in NAMES:
+            ratios = (
+                _with_quartiles(
+                    found[f"{way}, ratio"], found[f"{way}, quartiles of ratios"]
+                )
+                for way in ways
+            )
+            base = f"{found['torch.autocast, ms']:.1f} ms"
+            yield NAMES[key].partition(",")[0], base, *ratios
 
 
 def _with_quartiles(ratio: float, quartiles: list[float]) -> str:

@@ -14,6 +14,7 @@ import castwise as cw
 from castwise.errors import PolicyError, SettingsError
 from castwise.graph import measure
 from castwise.graph.compiled import CompiledModel
+from castwise.graph.inner import INNER, Inner
 from castwise.graph.drawing import draw
 from castwise.numerics.census import observe
 from castwise.numerics.error import relative_error
@@ -47,7 +48,7 @@ def compiled_of(policy: Policy | str = "bf16-mixed", **settings: Any) -> Compile
     """A small model, captured by one step."""
     torch.compiler.reset()
     torch.manual_seed(0)
-    compiled = cw.compile(Branches(), policy, inner="eager", **settings)
+    compiled = cw.compile(Branches(), policy, **{"inner": "eager", **settings})
     compiled(batch()).sum().backward()
     return compiled
 
@@ -231,12 +232,16 @@ def test_scale_phase_and_batch_size_capture_nothing_again() -> None:
         compiled.enter_phase("cooldown")
 
 
-def test_kept_weights_are_cast_once_per_update() -> None:
+@pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("inner", INNER)
+def test_kept_weights_are_cast_once_per_update(inner: Inner, dynamic: bool) -> None:
     """Copies stay from call to call, and follow every update."""
-    compiled = compiled_of(keep_weights=True)
+    settings = {"inner": inner, "dynamic": dynamic}
+    compiled = compiled_of(keep_weights=True, **settings)
     model = compiled._orig_mod
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    plain = compiled_of()
+    plain = compiled_of(**settings)
     plain._orig_mod.load_state_dict(model.state_dict())
     others = torch.optim.SGD(plain._orig_mod.parameters(), lr=0.5)
     for _ in range(3):

@@ -21,6 +21,7 @@ from weakref import ref
 
 import torch
 from torch import fx
+from torch._guards import detect_fake_mode
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -60,17 +61,22 @@ class KeptWeights:
 
     def lend(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The copy of a weight; its gradient goes to the weight."""
-        if weight not in self._copies:
-            self._copies[weight] = {}
-        copies: _Copies = self._copies[weight]
-        now = weight._version, weight.data_ptr(), self._num_updates  # noqa: SLF001 -- the version has no public name
+        copy = self._copy(weight, dtype)
+        if not (torch.is_grad_enabled() and weight.requires_grad):
+            return copy
+        lent: torch.Tensor = _Lent.apply(weight, copy)  # type: ignore[no-untyped-call]
+        return lent
+
+    def _copy(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        copies: _Copies | None = self._copies.get(weight)
+        if copies is None:
+            copies = self._copies[weight] = {}
+        now = weight._version, weight.data_ptr(), self._num_updates  # noqa: SLF001 -- no public name
         kept = copies.get(dtype)
         if kept is None or kept[0] != now:
-            copy = weight.detach().to(dtype)
-            copies[dtype] = kept = now, copy
+            copies[dtype] = kept = now, weight.detach().to(dtype)
             self.num_refreshed += 1
-        lent: torch.Tensor = _Lent.apply(weight, kept[1])  # type: ignore[no-untyped-call]
-        return lent
+        return kept[1]
 
     def take_out(
         self, module: fx.GraphModule, inputs: list[Any]
@@ -96,9 +102,22 @@ class KeptWeights:
             node.replace_all_uses_with(lent)
             graph.erase_node(node)
             taken.append((places[weight], dtype))
-            inputs.append(self.lend(inputs[places[weight]], dtype))
+            inputs.append(_as_example(self.lend(inputs[places[weight]], dtype)))
         made = fx.GraphModule(module, graph)
         return made, lambda args: [self.lend(args[at], dtype) for at, dtype in taken]
+
+
+def _as_example(lent: torch.Tensor) -> torch.Tensor:
+    """What a compiler is shown: a fake of this very size, which is no input of Dynamo's.
+
+    Of a real tensor it would make a fake itself, with a symbol for each size that may
+    change, and Dynamo knows no place in the model to read such a symbol from.
+    """
+    mode = detect_fake_mode()
+    if mode is None:
+        return lent
+    with torch.enable_grad():
+        return mode.from_tensor(lent, static_shapes=True)
 
 
 def _copied(module: fx.GraphModule) -> fx.Graph:
