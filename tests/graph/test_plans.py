@@ -14,8 +14,8 @@ import castwise as cw
 from castwise.errors import PolicyError, SettingsError
 from castwise.graph import measure
 from castwise.graph.compiled import CompiledModel
-from castwise.graph.inner import INNER, Inner
 from castwise.graph.drawing import draw
+from castwise.graph.inner import INNER, Inner
 from castwise.numerics.census import observe
 from castwise.numerics.error import relative_error
 from castwise.policy import Policy, preset

@@ -68,7 +68,7 @@ class KeptWeights:
         return lent
 
     def _copy(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        copies: _Copies | None = self._copies.get(weight)
+        copies: _Copies | None = self._copies.get(weight)  # type: ignore[no-untyped-call]
         if copies is None:
             copies = self._copies[weight] = {}
         now = weight._version, weight.data_ptr(), self._num_updates  # noqa: SLF001 -- no public name
@@ -108,7 +108,7 @@ class KeptWeights:
 
 
 def _as_example(lent: torch.Tensor) -> torch.Tensor:
-    """What a compiler is shown: a fake of this very size, which is no input of Dynamo's.
+    """What a compiler is shown: a fake of this very size, not an input of Dynamo's.
 
     Of a real tensor it would make a fake itself, with a symbol for each size that may
     change, and Dynamo knows no place in the model to read such a symbol from.
