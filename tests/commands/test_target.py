@@ -36,6 +36,16 @@ def build():
     return Half(), [batch], functional.cross_entropy
 
 
+def made():
+    from castwise.numerics.target import Target
+
+    model, batches, loss_fn = build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return Target(
+        model=model, batches=batches, loss_fn=loss_fn, optimizer=optimizer, name="mine"
+    )
+
+
 def raises():
     raise ValueError("no such data")
 
@@ -68,6 +78,14 @@ def test_a_target_gives_model_batches_and_loss(path: Path) -> None:
     assert len(target.batches) == 1
     assert target.optimizer is None
     assert target.name == f"{path}:build"
+
+
+def test_a_function_may_return_a_target(path: Path) -> None:
+    """What one builds in Python serves on the command line, checked as anything else."""
+    target = load_target(f"{path}:made")
+    assert isinstance(target.optimizer, torch.optim.SGD)
+    assert len(target.batches) == 1
+    assert target.name == f"{path}:made"
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """A target: what evidence is gathered on. A model, some batches, a loss.
 
 On the command line it is written `file.py:function`. The function takes nothing and
-returns `(model, batches, loss_fn)`, or `(model, batches, loss_fn, optimizer)`:
+returns a `Target`, or `(model, batches, loss_fn)`, or `(model, batches, loss_fn,
+optimizer)`:
 
     batches    tuples of the model's inputs and, last, the target of the loss
     loss_fn    from the model's output and that target to a scalar
@@ -28,7 +29,7 @@ from castwise.errors import TargetError
 LossFn = Callable[[Any, Any], torch.Tensor]
 Batch = Sequence[Any]
 
-FORM = "(model, batches, loss_fn) or (model, batches, loss_fn, optimizer)"
+FORM = "(model, batches, loss_fn), the same with an optimizer, or a Target"
 _WITHOUT_OPTIMIZER, _WITH_OPTIMIZER = 3, 4
 
 
@@ -160,6 +161,8 @@ def _line_in(path: Path, error: Exception) -> str:
 
 
 def _target_of(value: Any, text: str) -> Target:
+    if isinstance(value, Target):
+        value = value.model, value.batches, value.loss_fn, value.optimizer
     if not isinstance(value, tuple) or len(value) not in {
         _WITHOUT_OPTIMIZER,
         _WITH_OPTIMIZER,
