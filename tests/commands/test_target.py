@@ -81,7 +81,7 @@ def test_a_target_gives_model_batches_and_loss(path: Path) -> None:
 
 
 def test_a_function_may_return_a_target(path: Path) -> None:
-    """What one builds in Python serves on the command line, checked as anything else."""
+    """What is built in Python serves on the command line, checked as anything else."""
     target = load_target(f"{path}:made")
     assert isinstance(target.optimizer, torch.optim.SGD)
     assert len(target.batches) == 1
