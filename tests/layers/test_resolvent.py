@@ -495,7 +495,7 @@ def test_storage_keeps_its_declared_bytes_and_its_error(
     leaf = d.clone().requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         out = resolvent_diagonal(leaf, b, c, z, precision=precision)
-    inputs = {d.numel(), b.numel(), z.expand(3).numel()}
+    inputs = {d.numel(), b.numel(), z.numel(), z.expand(3).numel()}
     extra = [x for x in held if x.numel() not in inputs]
     assert sum(x.nbytes for x in extra) == precision.stored_bytes_per_site * d.numel()
     upstream = torch.randn(

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal, cast, get_args
 
@@ -86,10 +86,12 @@ class ResolventPrecision:
 
 
 DEFAULT_PRECISION = ResolventPrecision()
+_WIDE_ENOUGH = (torch.float32, torch.float64, torch.complex64, torch.complex128)
+_BY_INPUT = Decision(True, "the inputs are fp64")
+_BY_SETTING = Decision(True, "the setting says so")
+_BY_DEVICE = Decision(True, "on the CPU fp64 costs the same: division rules")
 
 
-# a compiled model calls it eagerly, between two graphs
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def resolvent_diagonal(
     diagonal: Tensor,
     upper: Tensor,
@@ -120,11 +122,21 @@ def resolvent_diagonal(
         SettingsError: if the shapes do not fit.
         SolverError: if T - z I is singular.
     """
-    device_type = diagonal.device.type
+    if torch.compiler.is_dynamo_compiling():
+        given = diagonal, upper, lower, z
+        out: Tensor = _between_graphs(*given, precision=precision, causal=causal)
+        return out
+    device_type = "cpu" if diagonal.is_cpu else diagonal.device.type
     if torch.is_autocast_enabled(device_type):
         with torch.autocast(device_type, enabled=False):
             return _flattened(diagonal, upper, lower, z, precision, causal)
     return _flattened(diagonal, upper, lower, z, precision, causal)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _between_graphs(*given: Any, **settings: Any) -> Tensor:
+    """Run where a graph has ended; elsewhere this guard would only cost time."""
+    return resolvent_diagonal(*given, **settings)
 
 
 def _flattened(
@@ -137,9 +149,11 @@ def _flattened(
 ) -> Tensor:
     """Bring the inputs into one dtype and one batch dimension, and compute."""
     *batch, num_sites = diagonal.shape
-    dtype = torch.float32
-    for part in (diagonal, upper, lower):
-        dtype = torch.promote_types(dtype, part.dtype)
+    dtype = diagonal.dtype
+    if not (dtype is upper.dtype is lower.dtype and dtype in _WIDE_ENOUGH):
+        dtype = torch.float32
+        for part in (diagonal, upper, lower):
+            dtype = torch.promote_types(dtype, part.dtype)
     if num_sites == 0:
         return diagonal.to(dtype.to_complex())
     flat = len(batch) == 1
@@ -147,14 +161,16 @@ def _flattened(
         point = z
     else:
         point = torch.as_tensor(z, device=diagonal.device).to(torch.complex128)
-    point = _expand("z", point, batch)
+    if point.dim():
+        point = _expand("z", point, batch)
+        point = point if flat else point.reshape(-1)
     out = cast(
         "Tensor",
         _Resolvent.apply(  # type: ignore[no-untyped-call]
             _as(diagonal if flat else diagonal.reshape(-1, num_sites), dtype),
             _as(_couplings("upper", upper, batch, num_sites - 1), dtype),
             _as(_couplings("lower", lower, batch, num_sites - 1), dtype),
-            point if flat else point.reshape(-1),
+            point,
             precision,
             causal,
         ),
@@ -171,12 +187,12 @@ def arithmetic_of_forward(
     precision: ResolventPrecision, chain: solve.Chain
 ) -> Decision[bool]:
     """Choose whether the forward runs in fp64, and say why."""
-    if chain.d.dtype in {torch.float64, torch.complex128}:
-        return Decision(True, "the inputs are fp64")
+    if chain.d.dtype is torch.float64 or chain.d.dtype is torch.complex128:
+        return _BY_INPUT
     if precision.forward == "fp64":
-        return Decision(True, "the setting says so")
-    if precision.forward == "auto" and chain.d.device.type == "cpu":
-        return Decision(True, "on the CPU fp64 costs the same: division rules")
+        return _BY_SETTING
+    if precision.forward == "auto" and chain.d.is_cpu:
+        return _BY_DEVICE
     error = fp32_error(chain)
     if not error <= precision.tolerance:
         return Decision(
@@ -224,7 +240,7 @@ class _Resolvent(torch.autograd.Function):
         precision: ResolventPrecision,
         causal: bool,
     ) -> Tensor:
-        chain = solve.Chain(d=d, k=upper * lower, z=z, causal=causal)
+        chain = solve.Chain(d=d, k=_products(upper, lower), z=z, causal=causal)
         wide = arithmetic_of_forward(precision, chain).value
         out = solve.diagonal(chain, wide=wide)
         ctx.causal = causal
@@ -241,7 +257,7 @@ class _Resolvent(torch.autograd.Function):
             higher = _differentiable_gradient(d, upper, lower, z, grad, ctx.causal)
             return (*higher, None, None)
         need_k = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        chain = solve.Chain(d=d, k=upper * lower, z=z, causal=ctx.causal)
+        chain = solve.Chain(d=d, k=_products(upper, lower), z=z, causal=ctx.causal)
         if kept:
             found = _gradient_from_kept(chain, kept[0], grad, ctx.wide, need_k)
         else:
@@ -250,8 +266,14 @@ class _Resolvent(torch.autograd.Function):
         if found.bond is not None:
             by_upper = _as_input(found.bond * lower, upper)
             by_lower = _as_input(found.bond * upper, lower)
-        by_z = found.point.conj() if ctx.needs_input_grad[3] else None
+        by_z = _as_input(found.point, z) if ctx.needs_input_grad[3] else None
         return _as_input(found.site, d), by_upper, by_lower, by_z, None, None
+
+
+def _products(upper: Tensor, lower: Tensor) -> Tensor:
+    """Return k, `[1 or B, N-1]`."""
+    k = upper * lower
+    return k if k.dim() == 2 else k.unsqueeze(0)
 
 
 def _as_input(analytic: Tensor, given: Tensor) -> Tensor:
@@ -269,7 +291,7 @@ def _keep(
     """Round G and 1/u into the storage format, or keep nothing."""
     if precision.storage == "recompute":
         return []
-    left = replace(chain, causal=True)
+    left = chain._replace(causal=True)
     inverse = out if chain.causal else solve.diagonal(left, wide=wide)
     both = torch.view_as_real(torch.stack((out, inverse)).resolve_conj())
     kept = both.to(_STORED[precision.storage])
@@ -302,8 +324,8 @@ def _differentiable_gradient(
 
     def plain(*inputs: Tensor) -> Tensor:
         d, upper, lower, z = inputs
-        a = d - z[:, None]
-        out, bonds = diagonal_and_bonds(a, (upper * lower).to(a.dtype))
+        a = d - (z[:, None] if z.dim() else z)
+        out, bonds = diagonal_and_bonds(a, _products(upper, lower).to(a.dtype))
         out = solve.left_inverse(out, bonds) if causal else out
         return out.to(d.dtype.to_complex())
 
@@ -312,14 +334,14 @@ def _differentiable_gradient(
 
 
 def _couplings(name: str, value: Tensor, batch: list[int], length: int) -> Tensor:
-    """Flatten couplings to `[1, N-1]` where every row shares them, else `[B, N-1]`."""
+    """Flatten couplings to `[B, N-1]`, or `[N-1]` or `[1, N-1]` that rows share."""
     if value.shape[-1:] != (length,) and value.shape[-1:] != (1,):
         raise SettingsError(
             f"resolvent_diagonal needs {name} with {length} entries, one fewer than the"
             f" diagonal; got shape {tuple(value.shape)}."
         )
-    if value.dim() == 1 and len(value) == length:
-        return value.unsqueeze(0)
+    if value.dim() == 1 and value.shape[0] == length:
+        return value
     if all(size == 1 for size in value.shape[:-1]):
         return _expand(name, value.reshape(1, value.shape[-1]), [1, length])
     return _expand(name, value, [*batch, length]).reshape(prod(batch), length)

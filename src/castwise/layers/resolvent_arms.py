@@ -65,6 +65,8 @@ class Job(NamedTuple):
     """None where all rows share their couplings: a type, so that code knows it."""
     z: int
     """Shifts `[B]`, complex128."""
+    z_stride: int
+    """From row to row; 0 where all rows share one."""
     num_rows: int
     """B."""
     length: int
@@ -134,7 +136,7 @@ def arm(job: Job, row: int, turn: int, idle: bool, memory: int) -> Arm:
     for address in range(memory, square, WIDTH):
         store(address, splat(0.0), 1.0)
     for lane in range(num_lanes(job.one)):
-        z = job.z + 16 * rows[lane]
+        z = job.z + job.z_stride * rows[lane]
         here = memory + lane * (WIDTH // num_lanes(job.one))
         re, im = load_one(z, 1.0, job.one), -load_one(z + 8, 1.0, job.one)
         store_one(here + X * WIDTH, re, job.one)

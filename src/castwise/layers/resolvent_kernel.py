@@ -35,9 +35,7 @@ with is the address of one table of integers, which says all that is no type.
 from __future__ import annotations
 
 import functools
-import threading
 import zlib
-from array import array
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,7 +44,6 @@ import numba
 import numpy as np
 from numba import types
 
-from castwise import torch_threads
 from castwise.layers import (
     lanes,
     resolvent_arms,
@@ -92,7 +89,6 @@ from castwise.layers.resolvent_task import (
     AT_TAKEN,
     AT_THREADS,
     Kind,
-    Task,
     entry,
     job_of,
 )
@@ -344,39 +340,6 @@ def machine_code(kind: Kind) -> Any:
     return compile_it(work)
 
 
-def run(kind: Kind, task: Task, num_threads: int) -> bool:
-    """Do what a task says; return whether a row broke."""
-    table = array("q", task)
-    address, _ = table.buffer_info()
-    torch_threads.run(machine_code(kind).address, address, num_threads)
-    return table[AT_BROKEN] != 0
-
-
 def check() -> None:
     """Raise RuntimeError where no folder can keep machine code."""
     numba.njit(cache=True)(_forward)
-
-
-# one scratch per thread that calls: mapping its pages anew would cost as much as a
-# short chain; nothing in it outlives a call
-_per_thread = threading.local()
-
-
-def scratch(
-    length: int, fields: int, num_threads: int, *, joined: bool
-) -> tuple[int, int, int]:
-    """Return tile, address of memory, and bytes of it that each thread has.
-
-    Two arms that meet have half a chain each.
-    """
-    steps, record = length // 2 if joined else length, fields * WIDTH
-    tile = max(steps, 1) if 2 * steps * record <= WHOLE else TILE
-    held = 3 * (HEAD + (tile + SPARE) * record)
-    held += (steps // tile + 1) * 8 * WIDTH
-    needed = num_threads * held + WIDTH
-    size, address, _ = getattr(_per_thread, "memory", (0, 0, None))
-    if size < needed:
-        kept = np.empty(needed, dtype=np.uint8)
-        address = (kept.ctypes.data + WIDTH - 1) // WIDTH * WIDTH
-        _per_thread.memory = needed, address, kept
-    return tile, address, held

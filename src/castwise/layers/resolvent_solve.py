@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,8 +28,7 @@ from castwise.layers.odd_even import diagonal_along, diagonal_and_bonds, linear_
 from castwise.layers.projective import row_diagonal, row_gradient
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Chain:
+class Chain(NamedTuple):  # a dataclass takes ten times as long to make
     """A batch of chains, flattened: `d` `[B, N]`, `k` `[1 or B, N-1]`, `z` `[B]`."""
 
     d: Tensor
@@ -40,20 +38,20 @@ class Chain:
     """Products of opposite off-diagonals, of the dtype of `d`."""
 
     z: Tensor
-    """Where the resolvent is taken, complex128."""
+    """Where the resolvent is taken, complex128; a scalar if that is so for all rows."""
 
     causal: bool
     """Whether nothing comes from the right."""
 
     def a(self, wide: bool) -> Tensor:
         """Compute d - z, in fp64 arithmetic when wide."""
-        shifted = self.d - self.z[:, None]
+        shifted = self.d - (self.z[:, None] if self.z.dim() else self.z)
         return shifted if wide else shifted.to(torch.complex64)
 
     def row(self, index: int) -> tuple[list[complex], list[complex]]:
         """Return a and k of one row as Python numbers."""
         k = self.k[min(index, len(self.k) - 1)].to(torch.complex128)
-        a = self.d[index] - self.z[index]
+        a = self.d[index] - (self.z[index] if self.z.dim() else self.z)
         return a.tolist(), k.tolist()
 
 
@@ -74,11 +72,11 @@ class Gradient(NamedTuple):
 
 
 @functools.cache
-def _kernel() -> Any:
-    """Return the kernel; once, since even a repeated import costs a microsecond."""
-    from castwise.layers import resolvent_kernel  # noqa: PLC0415 -- numba is slow
+def _call_for() -> Any:
+    """Return what prepares calls; once: a repeated import costs a microsecond."""
+    from castwise.layers.resolvent_call import call_for  # noqa: PLC0415 -- numba is slow
 
-    return resolvent_kernel
+    return call_for
 
 
 @functools.cache
@@ -140,7 +138,7 @@ def gradient(chain: Chain, upstream: Tensor, *, wide: bool, need_k: bool) -> Gra
 
 def _not_finite(entries: Tensor) -> Tensor | None:
     """Mark the rows with an entry that is not finite, if any: nor is their sum."""
-    if entries.device.type == "cpu":
+    if entries.is_cpu:
         return _marked(~np.isfinite(entries.numpy().sum(-1)))
     marks = ~torch.isfinite(torch.view_as_real(entries.sum(-1))).all(-1)
     return marks if marks.any() else None
@@ -152,18 +150,19 @@ def _marked(bad: Any) -> Tensor | None:
 
 
 def _in_numpy(chain: Chain) -> bool:
-    return chain.d.device.type == "cpu"
+    return chain.d.is_cpu
 
 
 def _arrays(chain: Chain, wide: bool) -> tuple[Any, Any]:
     """Return a and k as NumPy arrays, in fp64 arithmetic when wide."""
     dtype = np.complex128 if wide else np.complex64
     d, z, k = chain.d.numpy(), chain.z.resolve_conj().numpy(), chain.k.numpy()
+    z = z.reshape(-1, 1)
     if np.iscomplexobj(d):
-        return (d - z[:, None]).astype(dtype), k.astype(dtype)
+        return (d - z).astype(dtype), k.astype(dtype)
     a = np.empty(d.shape, dtype)
-    np.subtract(d, z.real[:, None], out=a.real, casting="same_kind")
-    a.imag[:] = -z.imag[:, None]
+    np.subtract(d, z.real, out=a.real, casting="same_kind")
+    a.imag[:] = -z.imag
     return a, k.astype(dtype)
 
 
@@ -276,8 +275,8 @@ def _causal_row_gradient(
 
 
 def _kernel_fits(chain: Chain) -> bool:
-    return (
-        chain.d.device.type == "cpu"
+    return (  # `is_cpu`, since to ask for the type of a device makes a string
+        chain.d.is_cpu
         and not chain.d.is_complex()
         and chain.d.shape[0] > 0
         and kernel_available().value
@@ -323,15 +322,21 @@ def _star_gradient(
 
 def _has_no_numbers(chain: Chain) -> bool:
     """Whether only shapes are asked for, as by an estimate of memory."""
-    return any(isinstance(each, FakeTensor) for each in (chain.d, chain.k, chain.z))
+    return (
+        isinstance(chain.d, FakeTensor)
+        or isinstance(chain.k, FakeTensor)
+        or isinstance(chain.z, FakeTensor)
+    )
 
 
 def _kernel_tensors(chain: Chain, wide: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Return what machine code reads; it must live until that returns."""
-    d, k, z = chain.d.contiguous(), chain.k.contiguous(), chain.z.resolve_conj()
+    d, k, z = chain.d.contiguous(), chain.k.contiguous(), chain.z
+    if d.is_neg():  # as a view of a conjugate's imaginary part is
+        d = d.resolve_neg()
     if not wide and d.dtype == torch.float64:
         d, k = d.float(), k.float()
-    return d, k, z.contiguous()
+    return d, k, z.resolve_conj() if z.is_conj() else z
 
 
 def _run_kernel(
@@ -345,44 +350,30 @@ def _run_kernel(
     point: Tensor | None = None,
 ) -> Tensor | None:
     """Call machine code; return which rows broke, if any."""
-    kernel = _kernel()
     d, k, z = held
     num_rows, num_sites = d.shape
-    shared, with_grad = len(k) == 1, grad is not None
-    kind = kernel.Kind(
-        d.dtype == torch.float64, wide, shared, with_grad, bond is not None
+    call = _call_for()(
+        (
+            d.dtype is torch.float64,
+            wide,
+            k.shape[0] == 1,
+            grad is not None,
+            bond is not None,
+        ),
+        (num_rows, num_sites, chain.causal, _num_threads(num_rows * num_sites)),
     )
-    num_threads = _num_threads(num_rows * num_sites)
-    tile, memory, scratch = kernel.scratch(
-        num_sites,
-        (4 if with_grad else 2) + (not shared),
-        num_threads,
-        joined=not chain.causal,
-    )
-    bad = np.empty(num_rows, np.int64)
-    task = kernel.Task(
-        0,
-        0,
-        0,
+    broken = call(
         d.data_ptr(),
         k.data_ptr(),
-        0 if shared else (num_sites - 1) * k.itemsize,
         z.data_ptr(),
-        num_rows,
-        num_sites,
-        tile,
-        not chain.causal,
+        16 * z.stride(0) if z.dim() else 0,
         _goes_past_caches(out),
-        memory,
-        scratch,
-        bad.ctypes.data,
         out.data_ptr(),
         0 if grad is None else grad.data_ptr(),
         0 if bond is None else bond.data_ptr(),
         0 if point is None else point.data_ptr(),
     )
-    broken = kernel.run(kind, task, num_threads)
-    return torch.from_numpy(bad != 0) if broken else None
+    return torch.from_numpy(call.bad != 0) if broken else None
 
 
 def _goes_past_caches(out: Tensor) -> bool:
@@ -430,7 +421,8 @@ def _kernel_backward(
     held = _kernel_tensors(chain, wide)
     num_rows, num_sites = chain.d.shape
     complex_dtype = held[0].dtype.to_complex()
-    grad = upstream.to(complex_dtype).resolve_conj().contiguous()
+    grad = upstream if upstream.dtype == complex_dtype else upstream.to(complex_dtype)
+    grad = (grad.resolve_conj() if grad.is_conj() else grad).contiguous()
     site = _room(chain, num_sites, held[0].dtype)
     bond = _room(chain, num_sites - 1, complex_dtype) if need_k else None
     point = torch.empty(num_rows, dtype=torch.complex128)

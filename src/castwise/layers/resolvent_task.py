@@ -29,6 +29,8 @@ class Task(NamedTuple):
     """Bytes from row to row; 0 where all rows share one."""
     z: int
     """Address of the shifts `[B]`, complex128."""
+    z_stride: int
+    """Bytes from row to row; 0 where all rows share one."""
     num_rows: int
     """B."""
     num_sites: int
@@ -63,6 +65,7 @@ class Task(NamedTuple):
     AT_K,
     AT_K_STRIDE,
     AT_Z,
+    AT_Z_STRIDE,
     AT_NUM_ROWS,
     AT_NUM_SITES,
     AT_TILE,
@@ -109,6 +112,7 @@ def job_of(table: int, shared: int | None, record: int, io: Number, one: Number)
         entry(table, AT_K_STRIDE),
         shared,
         entry(table, AT_Z),
+        entry(table, AT_Z_STRIDE),
         entry(table, AT_NUM_ROWS),
         entry(table, AT_NUM_SITES),
         entry(table, AT_TILE),
