@@ -38,7 +38,8 @@ import torch._functorch.config as functorch_config
 import torch._inductor.config as inductor_config
 from allocator import most_allocated
 from autocast import keep_blocks
-from page_tables import filled, markdown
+from page_tables import filled
+from saves import table_of_saves
 from small_lm import LanguageModel, draw_tokens, head_of_record, token_loss
 from torch import Tensor, nn
 
@@ -188,39 +189,11 @@ def row(name: str, way: Way, base: Way, exact: Tensor) -> dict[str, Any]:
     return found
 
 
-COLUMNS = (
-    "compute",
-    "saves",
-    "held for the backward",
-    "peak of the step",
-    "gradient error",
-    "time (quartiles)",
-)
-
-
 def table(record: Mapping[str, Any]) -> str:
     """The table of the page."""
-    rows = []
-    for compute, base in (("fp32", "fp32"), ("bf16", "torch.autocast")):
-        first = record[compute][base]
-        for way, found in record[compute].items():
-            name = {base: "as torch.compile", "plan": "as the plan"}.get(way, way)
-            if "failed" in found:
-                rows.append((compute, name, "fails", "", "", ""))
-                continue
-            held, peak = (
-                f"{found[key]:.2f} MB"
-                + ("" if way == base else f" ({found[key] / first[key] - 1:+.0%})")
-                for key in ("held_mb", "peak_mb")
-            )
-            spread = (
-                f"{found['milliseconds']:.0f} ms"
-                if way == base
-                else f"{found['time_ratio']:.3f} ({found['lower_quartile']:.3f} "
-                f"to {found['upper_quartile']:.3f})"
-            )
-            rows.append((compute, name, held, peak, f"{found['error']:.2e}", spread))
-    return markdown(COLUMNS, rows)
+    base = "as torch.compile"
+    names = {"fp32": base, "torch.autocast": base, "plan": "as the plan"}
+    return table_of_saves(record, names)
 
 
 def main() -> None:

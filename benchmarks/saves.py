@@ -168,33 +168,32 @@ COLUMNS = (
 
 def table(record: Mapping[str, Any]) -> str:
     """The table of the page."""
+    names = {"fp32": "as torch", "torch.autocast": "as torch.autocast"}
+    return table_of_saves(record, names)
+
+
+def table_of_saves(record: Mapping[str, Any], names: Mapping[str, str]) -> str:
+    """A table of ways by format of compute; the first way of each is compared with."""
     rows = []
     for compute in ("fp32", "bf16"):
+        first = next(iter(record[compute].values()))
         for way, row in record[compute].items():
-            ratio = row.get("time_ratio")
-            plain = ratio is None
+            name = names.get(way, way)
+            if "failed" in row:
+                rows.append((compute, name, "fails", "", "", ""))
+                continue
             held, peak = (
-                f"{row[f'{what}_mb']:.2f} MB"
-                + ("" if plain else f" ({row[f'{what}_share'] - 1:+.0%})")
-                for what in ("held", "peak")
+                f"{row[key]:.2f} MB"
+                + ("" if row is first else f" ({row[key] / first[key] - 1:+.0%})")
+                for key in ("held_mb", "peak_mb")
             )
             spread = (
                 f"{row['milliseconds']:.0f} ms"
-                if plain
-                else f"{ratio:.3f} ({row['lower_quartile']:.3f} "
+                if row is first
+                else f"{row['time_ratio']:.3f} ({row['lower_quartile']:.3f} "
                 f"to {row['upper_quartile']:.3f})"
             )
-            name = {"fp32": "as torch", "torch.autocast": "as torch.autocast"}
-            rows.append(
-                (
-                    compute,
-                    name.get(way, way),
-                    held,
-                    peak,
-                    f"{row['error']:.2e}",
-                    spread,
-                )
-            )
+            rows.append((compute, name, held, peak, f"{row['error']:.2e}", spread))
     return markdown(COLUMNS, rows)
 
 

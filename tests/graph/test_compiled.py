@@ -14,18 +14,8 @@ from castwise.autocast import autocast
 from castwise.graph.compiled import CompiledModel
 from castwise.graph.inner import Inner
 from castwise.numerics.error import relative_error
-from graph_cases import CASES, Case
+from graph_cases import CASES, Case, step
 from tolerances import TOLERANCES
-
-
-def step(model: nn.Module, run: Callable[[Any], Tensor], x: Any) -> tuple[Any, Any]:
-    """Outputs, and all gradients as one vector."""
-    model.zero_grad()
-    out = run(x)
-    weights = torch.linspace(0.5, 1.5, out.numel(), dtype=torch.float64)
-    (out * weights.to(out.dtype).view(out.shape)).sum().backward()
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
-    return out.detach(), torch.cat([g.flatten().double() for g in grads])
 
 
 def errors(

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from castwise.graph.compiled import CompiledModel
 from castwise.graph.inner import INNER, Inner
 from castwise.memory.row_formats import ROW_FORMATS
 from castwise.numerics.error import relative_error
-from graph_cases import CASES, Case
+from graph_cases import CASES, Case, step
 from random_nets import ROWS, WIDTH, RandomNet
 
 ERRORS = {"fp16": 3e-3, "bf16": 2e-2, "int8": 0.05}
@@ -54,16 +53,6 @@ class Block(nn.Module):
         x = x + self.out(mixed.transpose(1, 2).flatten(2))
         x = x + F.silu(self.gate(x)) * self.up(x)
         return F.dropout(x, self.dropout, self.training)
-
-
-def step(model: nn.Module, run: Callable[[Any], Tensor], x: Any) -> tuple[Any, Tensor]:
-    """Outputs, and all gradients as one vector."""
-    model.zero_grad()
-    out = run(x)
-    weights = torch.linspace(0.5, 1.5, out.numel(), dtype=torch.float64)
-    (out * weights.to(out.dtype).view(out.shape)).sum().backward()
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
-    return out.detach(), torch.cat([g.flatten().double() for g in grads])
 
 
 def held_bytes(model: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> int:
