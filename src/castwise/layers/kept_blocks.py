@@ -1,9 +1,9 @@
 """Memory of large results, kept for the next result of the same size.
 
-The system hands out pages that it zeroes first; glibc gives a block of more than 32 MiB
-back whenever it is freed, and asks anew. For a result that is written at the speed of
-memory this costs half as much again, and several times as much with small pages, hence
-NumPy, which asks for huge ones from 4 MiB on.
+The system hands out pages that it zeroes first, and glibc gives large blocks back to
+it: always above 32 MiB, often from 128 KiB on. For a result that is written at the
+speed of memory new pages cost half as much again, and several times as much where they
+are small ones, hence NumPy, which asks for huge ones from 4 MiB on.
 
 Blocks stay with the thread that took them. One is free as soon as nobody but this room
 refers to it, whatever tensors, views and arrays stood on it: reference counts say so.
@@ -17,6 +17,7 @@ import threading
 import numpy as np
 from numpy.typing import NDArray
 
+LARGE = 1 << 20  # bytes from which a block is worth keeping
 HUGE = 1 << 22  # bytes from which NumPy asks for huge pages
 MOST = 1 << 28  # bytes that a thread keeps, in use or not
 LINE = 64

@@ -23,7 +23,7 @@ from torch._subclasses import FakeTensor
 
 from castwise.decision import Decision
 from castwise.layers import odd_even_numpy
-from castwise.layers.kept_blocks import HUGE, LINE, block
+from castwise.layers.kept_blocks import HUGE, LARGE, LINE, block
 from castwise.layers.odd_even import diagonal_along, diagonal_and_bonds, linear_scan
 from castwise.layers.projective import row_diagonal, row_gradient
 
@@ -55,7 +55,8 @@ class Chain(NamedTuple):  # a dataclass takes ten times as long to make
         return a.tolist(), k.tolist()
 
 
-WORTH_A_THREAD = 1 << 16  # sites; below, waking a thread costs more than it saves
+MANY = HUGE // 16  # sites; a result of fewer is not huge in any format
+WORTH_A_THREAD = 1 << 14  # sites; below, waking a thread costs more than it saves
 
 
 class Gradient(NamedTuple):
@@ -352,6 +353,7 @@ def _run_kernel(
     """Call machine code; return which rows broke, if any."""
     d, k, z = held
     num_rows, num_sites = d.shape
+    num_threads = _num_threads(num_rows * num_sites)
     call = _call_for()(
         (
             d.dtype is torch.float64,
@@ -360,14 +362,14 @@ def _run_kernel(
             grad is not None,
             bond is not None,
         ),
-        (num_rows, num_sites, chain.causal, _num_threads(num_rows * num_sites)),
+        (num_rows, num_sites, chain.causal, num_threads),
     )
     broken = call(
         d.data_ptr(),
         k.data_ptr(),
         z.data_ptr(),
         16 * z.stride(0) if z.dim() else 0,
-        _goes_past_caches(out),
+        num_rows * num_sites >= MANY and _goes_past_caches(out),
         out.data_ptr(),
         0 if grad is None else grad.data_ptr(),
         0 if bond is None else bond.data_ptr(),
@@ -399,7 +401,7 @@ def _room(chain: Chain, length: int, dtype: torch.dtype) -> Tensor:
     """Return memory for a result."""
     num_rows = len(chain.d)
     num_bytes = num_rows * length * dtype.itemsize
-    if num_bytes < HUGE or _has_no_numbers(chain):
+    if num_bytes < LARGE or _has_no_numbers(chain):
         return torch.empty(num_rows, length, dtype=dtype)
     raw = torch.from_numpy(block(num_bytes))
     return raw.view(dtype).view(num_rows, length)
