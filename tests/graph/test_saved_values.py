@@ -327,3 +327,27 @@ def test_without_gradients_nothing_is_kept() -> None:
         run(torch.randn(4, 32, 64))
     assert isinstance(run, CompiledModel)
     assert run.saves().num_packed == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore")  # Inductor warns of what a machine lacks
+def test_a_gpu_holds_half_between_forward_and_backward() -> None:
+    """Counted by the allocator of CUDA, in generated kernels."""
+    found = {}
+    for fmt in (None, "fp16"):
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        model = nn.Sequential(*(Block(256) for _ in range(4))).cuda()
+        exact, x = copy.deepcopy(model).double(), torch.randn(16, 128, 256).cuda()
+        run = cw.compile(model, "32-true", inner="inductor", saves=fmt)
+        got = step(model, run, x)[1]
+        model.zero_grad()
+        before = torch.cuda.memory_allocated()
+        out = run(x)
+        held = torch.cuda.memory_allocated() - before
+        del out
+        right = step(exact, exact, x.double())[1]
+        found[fmt] = held, relative_error(got, right)
+    assert found["fp16"][0] < 0.6 * found[None][0]
+    assert found["fp16"][1] < 5e-4
