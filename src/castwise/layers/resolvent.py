@@ -240,7 +240,7 @@ class _Resolvent(torch.autograd.Function):
         precision: ResolventPrecision,
         causal: bool,
     ) -> Tensor:
-        chain = solve.Chain(d=d, k=_products(upper, lower), z=z, causal=causal)
+        chain = solve.Chain(d=d, k=upper * lower, z=z, causal=causal)
         wide = arithmetic_of_forward(precision, chain).value
         out = solve.diagonal(chain, wide=wide)
         ctx.causal = causal
@@ -257,7 +257,7 @@ class _Resolvent(torch.autograd.Function):
             higher = _differentiable_gradient(d, upper, lower, z, grad, ctx.causal)
             return (*higher, None, None)
         need_k = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        chain = solve.Chain(d=d, k=_products(upper, lower), z=z, causal=ctx.causal)
+        chain = solve.Chain(d=d, k=upper * lower, z=z, causal=ctx.causal)
         if kept:
             found = _gradient_from_kept(chain, kept[0], grad, ctx.wide, need_k)
         else:
@@ -268,12 +268,6 @@ class _Resolvent(torch.autograd.Function):
             by_lower = _as_input(found.bond * upper, lower)
         by_z = _as_input(found.point, z) if ctx.needs_input_grad[3] else None
         return _as_input(found.site, d), by_upper, by_lower, by_z, None, None
-
-
-def _products(upper: Tensor, lower: Tensor) -> Tensor:
-    """Return k, `[1 or B, N-1]`."""
-    k = upper * lower
-    return k if k.dim() == 2 else k.unsqueeze(0)
 
 
 def _as_input(analytic: Tensor, given: Tensor) -> Tensor:
@@ -325,7 +319,9 @@ def _differentiable_gradient(
     def plain(*inputs: Tensor) -> Tensor:
         d, upper, lower, z = inputs
         a = d - (z[:, None] if z.dim() else z)
-        out, bonds = diagonal_and_bonds(a, _products(upper, lower).to(a.dtype))
+        k = upper * lower
+        k = k if k.dim() > 1 else k.unsqueeze(0)
+        out, bonds = diagonal_and_bonds(a, k.to(a.dtype))
         out = solve.left_inverse(out, bonds) if causal else out
         return out.to(d.dtype.to_complex())
 

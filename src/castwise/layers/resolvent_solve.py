@@ -29,19 +29,24 @@ from castwise.layers.projective import row_diagonal, row_gradient
 
 
 class Chain(NamedTuple):  # a dataclass takes ten times as long to make
-    """A batch of chains, flattened: `d` `[B, N]`, `k` `[1 or B, N-1]`, `z` `[B]`."""
+    """A batch of chains, flattened; what all rows share may lack their dimension."""
 
     d: Tensor
-    """Diagonal, real or complex."""
+    """Diagonal `[B, N]`, real or complex."""
 
     k: Tensor
-    """Products of opposite off-diagonals, of the dtype of `d`."""
+    """Products of opposite off-diagonals `[(1 or B,) N-1]`, of the dtype of `d`."""
 
     z: Tensor
-    """Where the resolvent is taken, complex128; a scalar if that is so for all rows."""
+    """Where the resolvent is taken, complex128 `[B]` or a scalar."""
 
     causal: bool
     """Whether nothing comes from the right."""
+
+    @property
+    def bonds(self) -> Tensor:
+        """Return k, `[1 or B, N-1]`."""
+        return self.k if self.k.dim() > 1 else self.k.unsqueeze(0)
 
     def a(self, wide: bool) -> Tensor:
         """Compute d - z, in fp64 arithmetic when wide."""
@@ -50,7 +55,7 @@ class Chain(NamedTuple):  # a dataclass takes ten times as long to make
 
     def row(self, index: int) -> tuple[list[complex], list[complex]]:
         """Return a and k of one row as Python numbers."""
-        k = self.k[min(index, len(self.k) - 1)].to(torch.complex128)
+        k = self.bonds[min(index, len(self.bonds) - 1)].to(torch.complex128)
         a = self.d[index] - (self.z[index] if self.z.dim() else self.z)
         return a.tolist(), k.tolist()
 
@@ -119,7 +124,7 @@ def diagonal(chain: Chain, *, wide: bool) -> Tensor:
 def broken_rows(chain: Chain, broken: Tensor) -> list[int]:
     """Return the broken rows whose inputs are finite: those a better tier can save."""
     finite = torch.isfinite(torch.view_as_real(chain.a(wide=True))).all(-1).all(-1)
-    finite &= torch.isfinite(torch.view_as_real(chain.k + 0j)).all(-1).all(-1)
+    finite &= torch.isfinite(torch.view_as_real(chain.bonds + 0j)).all(-1).all(-1)
     return torch.nonzero(broken & finite).flatten().tolist()
 
 
@@ -157,7 +162,7 @@ def _in_numpy(chain: Chain) -> bool:
 def _arrays(chain: Chain, wide: bool) -> tuple[Any, Any]:
     """Return a and k as NumPy arrays, in fp64 arithmetic when wide."""
     dtype = np.complex128 if wide else np.complex64
-    d, z, k = chain.d.numpy(), chain.z.resolve_conj().numpy(), chain.k.numpy()
+    d, z, k = chain.d.numpy(), chain.z.resolve_conj().numpy(), chain.bonds.numpy()
     z = z.reshape(-1, 1)
     if np.iscomplexobj(d):
         return (d - z).astype(dtype), k.astype(dtype)
@@ -175,7 +180,7 @@ def _plain(chain: Chain, wide: bool) -> Tensor:
         out, bonds = map(torch.from_numpy, found)
     else:
         start = chain.a(wide)
-        out, bonds = diagonal_and_bonds(start, chain.k.to(start.dtype))
+        out, bonds = diagonal_and_bonds(start, chain.bonds.to(start.dtype))
     return left_inverse(out, bonds) if chain.causal else out
 
 
@@ -196,7 +201,7 @@ def _plain_gradient(
         return Gradient(site, bond, point)
     start = chain.a(wide)
     turned = upstream.conj().to(start.dtype).resolve_conj()
-    _, site, bond = diagonal_along(start, chain.k.to(start.dtype), turned)
+    _, site, bond = diagonal_along(start, chain.bonds.to(start.dtype), turned)
     return Gradient(site, -bond if need_k else None, -site.sum(-1))
 
 
@@ -221,7 +226,7 @@ def adjoint(
     scan: Callable[[Tensor, Tensor], Tensor] = linear_scan,
 ) -> Gradient:
     """Run the adjoint from G, 1/u and 1/w by two first-order scans."""
-    k = chain.k.to(out.dtype)
+    k = chain.bonds.to(out.dtype)
     source = -upstream.conj().to(out.dtype) * out * out
     leftward = _after_zero((k * iu[..., :-1] * iu[..., :-1]).flip(-1))
     bond = None
@@ -303,7 +308,7 @@ def _star_inverses(chain: Chain, wide: bool) -> tuple[Tensor, Tensor, Tensor]:
     from castwise.layers.star_scan import pivots  # noqa: PLC0415 -- needs triton
 
     a = chain.a(wide)
-    k = chain.k.to(a.dtype)
+    k = chain.bonds.to(a.dtype)
     left = pivots(a, k, from_right=False)
     inverse = left.reciprocal()
     if chain.causal:
@@ -358,7 +363,7 @@ def _run_kernel(
         (
             d.dtype is torch.float64,
             wide,
-            k.shape[0] == 1,
+            k.dim() == 1 or k.shape[0] == 1,
             grad is not None,
             bond is not None,
         ),
