@@ -165,88 +165,139 @@ def resolvent() -> None:
     """Measure every tier: error at growing N, then times."""
     z = torch.tensor(1j, dtype=torch.complex128)
     _mpmath_check()
+    names = {
+        "kernel fp64": "kernel",
+        "kernel fp32": "fp32 kernel",
+        "without compiler": "without compiler",
+        "handwritten numba": "handwritten numba, bare loop",
+        "handwritten numba as a layer": "the same as a layer",
+        "original vmap form": "determinants under vmap",
+    }
     rows: list[list[object]] = []
-    for length in (128, 1024, 8192, 65536):
-        d, one = chain(8, length)
-        forward, both = _resolvent_contenders(d, one, z)
-        found = {**times(forward), **times(both)}
-        rows += [
-            [length, name, value, value / d.numel() * 1e6]
-            for name, value in found.items()
-        ]
-    table("Time, B = 8", ["N", "what", "ms", "ns per site"], rows)
-    d, one = chain(64, 8192)
-    forward, both = _resolvent_contenders(d, one, z)
-    source = torch.randn(40_000_000)
-    target = torch.empty_like(source)
-    copy = times({"copy": lambda: target.copy_(source)})["copy"]
-    speed = 2 * source.nbytes / copy / 1e6
-    found = {**times(forward), **times(both)}
-    rows = [
-        [name, value, value / d.numel() * 1e6, value / (12 * d.numel() / speed / 1e6)]
-        for name, value in found.items()
-    ]
+    for batch, length in ((8, 128), (8, 1024), (8, 65536), (64, 8192), (64, 65536)):
+        d, one = chain(batch, length)
+        for each in _resolvent_contenders(d, one, z):
+            what = next(iter(each)).split(",")[0]
+            kept = {n.removeprefix(f"{what}, "): run for n, run in each.items()}
+            kept = {n: run for n, run in kept.items() if n in names}
+            if d.numel() > FEW_SITES:
+                del kept["without compiler"]
+            found = times(kept, repeats=9)
+            rows.append([f"{batch} x {length:,}", what])
+            rows[-1] += [found.get(name, "") for name in names]
     table(
-        f"Time, B = 64, N = 8192; a copy moves {speed:.1f} GB/s",
-        ["what", "ms", "ns per site", "times the 12 bytes per site of a forward"],
+        f"Milliseconds, one call a turn; a copy moves {_copy_speed() / 1e6:.1f} GB/s",
+        ["B x N", "what", *names.values()],
         rows,
     )
 
 
-def goals() -> None:
-    """Set the layers beside what they replace: each line a ratio and what is wanted."""
-    z = torch.tensor(1j, dtype=torch.complex128)
-    rows: list[list[object]] = []
+FEW_SITES = 1 << 20  # beyond, a call without compiler takes a second
 
-    def line(what: str, ratio: float, wanted: float) -> None:
-        holds = "yes" if ratio >= wanted else "no"
-        rows.append([what, ratio, f">= {wanted}", holds])
 
-    both = _resolvent_contenders(*chain(8, 1024), z)[1]
-    for turn, name in ((0.0, "one call a turn"), (20.0, "20 ms a turn")):
-        found = times(both, repeats=25, budget=20.0, turn=turn)
-        original = found["both, original vmap form"]
-        kernel, plain = found["both, kernel fp64"], found["both, without compiler"]
-        layer = found["both, handwritten numba as a layer"]
-        told = ", ".join(f"{what[6:]} {value:.3f} ms" for what, value in found.items())
-        print(f"8 x 1024, forward and backward, {name}: {told}")
-        line(f"original / kernel, {name}", original / kernel, 100)
-        line(f"original / without compiler, {name}", original / plain, 30)
-        line(f"handwritten numba as a layer / kernel, {name}", layer / kernel, 1)
-    bare, theirs = _bare(8, 1024)
-    found = times({"ours": bare, "theirs": theirs}, repeats=200, turn=2.0)
-    line("handwritten numba / kernel, no autograd", found["theirs"] / found["ours"], 1)
+def _copy_speed() -> float:
+    """Return how many bytes a millisecond a copy into memory at hand moves."""
     source = torch.randn(40_000_000)
     target = torch.empty_like(source)
-    speed = 2 * source.nbytes / times({"": lambda: target.copy_(source)})[""]
-    print(
-        f"a copy into memory at hand moves {speed / 1e6:.1f} GB/s in"
-        f" {torch.get_num_threads()} thread(s); results of 1 MiB and more come in"
-        " memory that is kept from call to call, where it does not say fresh;"
-        " torch.complex gets fresh pages above 32 MiB"
+    return 2 * source.nbytes / times({"": lambda: target.copy_(source)})[""]
+
+
+def goals() -> None:
+    """Set the layers beside what they replace: ratios, and what is wanted."""
+    _short_goals()
+    _large_goals()
+    rows: list[list[object]] = []
+    for name, wanted in (("Chebyshev 16", 4.0), ("LU", 1.5)):
+        ratio = _cayley_ratio(name)
+        rows.append(
+            [f"original, {name} / ours", ratio, wanted, _holds([ratio], wanted)]
+        )
+    table(
+        "Cayley layer, 1,024 tokens, D = 256, forward and backward",
+        ["what", "ratio", "wanted", "holds"],
+        rows,
     )
+
+
+def _holds(ratios: list[float], wanted: float) -> str:
+    """Say of each ratio whether it is at least what is wanted."""
+    return ", ".join("yes" if ratio >= wanted else "no" for ratio in ratios)
+
+
+def _short_goals() -> None:
+    """Compare short chains, called over and over, and each after its rivals."""
+    z = torch.tensor(1j, dtype=torch.complex128)
+    both = _resolvent_contenders(*chain(8, 1024), z)[1]
+    columns: list[dict[str, float]] = []
+    for turn, name in ((20.0, "20 ms a turn"), (0.0, "one call a turn")):
+        found = times(both, repeats=25, budget=20.0, turn=turn)
+        columns.append({what[6:]: value for what, value in found.items()})
+        told = ", ".join(f"{what} {v:.3f} ms" for what, v in columns[-1].items())
+        print(f"8 x 1,024, forward and backward, {name}: {told}")
+    rows: list[list[object]] = []
+    for its, ours, wanted in (
+        ("original vmap form", "kernel fp64", 100),
+        ("original vmap form", "without compiler", 30),
+        ("handwritten numba as a layer", "kernel fp64", 1),
+    ):
+        ratios = [found[its] / found[ours] for found in columns]
+        rows.append([f"{its} / {ours}", *ratios, wanted, _holds(ratios, wanted)])
+    bare, theirs = _bare(8, 1024)
+    found = times({"ours": bare, "theirs": theirs}, repeats=200, turn=2.0)
+    ratio = found["theirs"] / found["ours"]
+    name = "handwritten loops / kernel, no autograd around either"
+    rows.append([name, ratio, "", 1, _holds([ratio], 1)])
+    table(
+        "8 x 1,024, forward and backward",
+        ["", "called over and over", "one call a turn", "wanted", "holds"],
+        rows,
+    )
+
+
+def _large_goals() -> None:
+    """Compare large batches with a copy, with torch's writing, and with a loop."""
+    z = torch.tensor(1j, dtype=torch.complex128)
+    speed = _copy_speed()
+    print(
+        f"\nA copy into memory at hand moves {speed / 1e6:.1f} GB/s in"
+        f" {torch.get_num_threads()} thread(s). Results of 1 MiB and more come in"
+        " memory that is kept from call to call, unless it says fresh;"
+        " torch.complex gets new pages above 32 MiB."
+    )
+    rows: list[list[object]] = []
     for batch, length in ((64, 8192), (64, 65536)):
         d, one = chain(batch, length)
-        for each in _resolvent_contenders(d, one, z):
+
+        def line(what: str, ratios: list[float], wanted: float) -> None:
+            holds = _holds(ratios, wanted)
+            rows.append([f"{batch} x {length:,}", what, *ratios, wanted, holds])  # noqa: B023 -- called at once
+
+        forward, both = _resolvent_contenders(d, one, z)
+        forward |= {
+            f"{name}, fresh": _fresh(forward[name])
+            for name in ("forward, kernel fp64", "forward, kernel fp32")
+        }
+        forward["torch.complex"] = lambda d=d: torch.complex(d, d)
+        for what, each in (("forward", forward), ("both", both)):
             kept = {n: run for n, run in each.items() if "compiler" not in n}
-            if "forward, kernel fp64" in each:
-                kept["torch.complex"] = lambda d=d: torch.complex(d, d)
-                for name in ("forward, kernel fp64", "forward, kernel fp32"):
-                    kept[f"{name}, fresh memory"] = _fresh(each[name])
             found = times(kept, repeats=9, budget=8.0)
             # d and G; then d, the upstream gradient and that of d
-            floor = (12 if "forward, kernel fp64" in each else 28) * d.numel() / speed
-            layer = next(t for n, t in found.items() if "as a layer" in n)
-            for name in (n for n in found if "kernel" in n):
-                what = f"{batch} x {length}, {name}"
-                line(f"copying of as many bytes / {what}", floor / found[name], 0.25)
-                if "fresh" in name:  # the same bytes, into memory as fresh
-                    fresh = found["torch.complex"] / found[name]
-                    line(f"torch.complex(d, d) / {what}", fresh, 0.25)
-                line(f"handwritten numba as a layer / {what}", layer / found[name], 1)
-    for name, wanted in (("Chebyshev 16", 4.0), ("LU", 1.5)):
-        line(f"original, {name} / Cayley layer", _cayley_ratio(name), wanted)
-    table("Goals", ["what", "ratio", "wanted", "holds"], rows)
+            floor = (12 if what == "forward" else 28) * d.numel() / speed
+            layer = found[f"{what}, handwritten numba as a layer"]
+            ours = [found[f"{what}, kernel {x}"] for x in ("fp64", "fp32")]
+            line(f"{what}: copying as many bytes", [floor / x for x in ours], 0.25)
+            line(f"{what}: handwritten as a layer", [layer / x for x in ours], 1)
+            if what == "both":
+                continue
+            ours = [found[f"forward, kernel {x}, fresh"] for x in ("fp64", "fp32")]
+            line("forward, fresh: copying", [floor / x for x in ours], 0.25)
+            written = [found["torch.complex"] / x for x in ours]
+            line("forward, fresh: torch.complex(d, d)", written, 0.25)
+    table(
+        "Time of what is named / ours",
+        ["B x N", "what", "fp64", "fp32", "wanted", "holds"],
+        rows,
+    )
 
 
 def _fresh(run: Callable[[], Any]) -> Callable[[], Any]:
