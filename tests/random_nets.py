@@ -96,7 +96,8 @@ class RandomNet(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Run the program; it hands out some of its values, aliases among them."""
-        return self.program(x, *self.weights, self.average)
+        a, b, c = (self.weights[i] for i in range(3))  # Dynamo of 2.11 takes no star
+        return self.program(x, a, b, c, self.average)
 
 
 def _program(draw: random.Random, length: int, *, with_breaks: bool) -> str:
