@@ -125,6 +125,9 @@ def test_batches_of_any_size_run_by_one_plan(case: Case) -> None:
     assert captured[0] == captured[1]
 
 
+@pytest.mark.skipif(
+    torch.__version__ < (2, 12), reason="fakes of torch 2.11 end at such an LSTM"
+)
 def test_what_refuses_a_plan_is_named_and_its_users_are_not_blamed() -> None:
     """An LSTM of symbolic sizes stays in fp32, and the layer behind it does not."""
     torch.compiler.reset()
