@@ -100,7 +100,10 @@ def kernel_available() -> Decision[bool]:
 
 
 def diagonal(chain: Chain, *, wide: bool) -> Tensor:
-    """Compute the diagonal `[B, N]`, complex128 when wide, else complex64."""
+    """Compute the diagonal `[B, N]`, in fp64 arithmetic when wide.
+
+    Its dtype is that of the arithmetic, or that which the inputs ask for.
+    """
     if _kernel_fits(chain):
         out, broken = _kernel_forward(chain, wide)
     else:
@@ -176,7 +179,8 @@ def _plain(chain: Chain, wide: bool) -> Tensor:
     """Compute the diagonal by the odd-even reduction."""
     if _in_numpy(chain):
         a, k = _arrays(chain, wide)
-        found = odd_even_numpy.diagonal_and_bonds(a, k, bonds=chain.causal)
+        dtype = a.dtype if chain.causal else np.result_type(chain.d.numpy(), 1j)
+        found = odd_even_numpy.diagonal_and_bonds(a, k, bonds=chain.causal, dtype=dtype)
         out, bonds = map(torch.from_numpy, found)
     else:
         start = chain.a(wide)
@@ -193,12 +197,13 @@ def _plain_gradient(
         return adjoint(chain, inverse, inverse, inverse, upstream, need_k=need_k)
     if _in_numpy(chain):
         a, k = _arrays(chain, wide)
-        along = np.conjugate(upstream.resolve_conj().numpy().astype(a.dtype))
-        by_a, by_h = odd_even_numpy.diagonal_along(a, k, along, bonds=need_k)
-        point = torch.from_numpy(-by_a.sum(-1))
+        along = np.conjugate(upstream.resolve_conj().numpy(), dtype=a.dtype)
+        dtype = np.dtype(chain.d.numpy().dtype)
+        by_a, by_h, trace = odd_even_numpy.diagonal_along(
+            a, k, along, dtype, bonds=need_k
+        )
         bond = torch.from_numpy(-by_h) if need_k else None
-        site = torch.from_numpy(by_a if chain.d.is_complex() else by_a.real)
-        return Gradient(site, bond, point)
+        return Gradient(torch.from_numpy(by_a), bond, torch.from_numpy(-trace))
     start = chain.a(wide)
     turned = upstream.conj().to(start.dtype).resolve_conj()
     _, site, bond = diagonal_along(start, chain.bonds.to(start.dtype), turned)
