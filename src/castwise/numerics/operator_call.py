@@ -153,19 +153,27 @@ def _product_format(op: str, device_type: str) -> str:
     return switch if switch in {"bf16", "tf32"} else "fp32"
 
 
+def _flops_of_attention(args: Any, *, backward: bool) -> int:
+    """Operations of fused attention, where heads may share keys and values.
+
+    PyTorch 2.11 counts none that do; each head of the query multiplies all the same.
+    """
+    query, key, value = (tensor.shape for tensor in args[backward : 3 + backward])
+    key, value = ((*query[:2], *shape[2:]) for shape in (key, value))
+    if not backward:
+        return int(flop_counter.sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
+    shapes = args[0].shape, query, key, value
+    return int(flop_counter.sdpa_backward_flop_count(*shapes))  # type: ignore[no-untyped-call]
+
+
 def _flops(func: OpOverload, args: Any, kwargs: dict[str, Any], result: Any) -> int:
     """Operations of a matrix product; 0 for what is none."""
-    packet = func.overloadpacket
+    packet, name = func.overloadpacket, _bare_name(func)
+    if name.startswith("_scaled_dot_product"):
+        return _flops_of_attention(args, backward=name.endswith("_backward"))
     if packet in flop_counter.flop_registry:
         count = flop_counter.flop_registry[packet](*args, **kwargs, out_val=result)
         return int(count)
-    name = _bare_name(func)
-    if name == "_scaled_dot_product_flash_attention_for_cpu":
-        shapes = [tensor.shape for tensor in args[:3]]
-        return int(flop_counter.sdpa_flop_count(*shapes))  # type: ignore[no-untyped-call]
-    if name == "_scaled_dot_product_flash_attention_for_cpu_backward":
-        shapes = [tensor.shape for tensor in args[:4]]
-        return int(flop_counter.sdpa_backward_flop_count(*shapes))  # type: ignore[no-untyped-call]
     if name in {"mv", "dot", "vdot"}:
         return 2 * int(args[0].numel())
     if name == "addmv":
