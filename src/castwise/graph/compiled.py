@@ -82,13 +82,17 @@ class CompiledModel(nn.Module):
         )
         self._variants: dict[str, _Variant] = {}
         self._device_type = _device_type(model)
+        recurs = any(isinstance(each, nn.RNNBase) for each in model.modules())
+        self._captures_all = (
+            _captures_recurrent_layers if recurs else contextlib.nullcontext
+        )
         self.phase = phase
         self._variant()  # refuses now what it would refuse at the first call
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model by the plan of the phase."""
         variant, before = self._variant(), num_graphs_run()
-        with _no_autocast(self._device_type), _captures_recurrent_layers():
+        with _no_autocast(self._device_type), self._captures_all():
             try:
                 if variant.is_watched:
                     result = variant.run(*args, **kwargs)
