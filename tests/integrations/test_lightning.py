@@ -887,6 +887,16 @@ def noting(plugin_of: Any) -> dict[str, Any]:
     return {"on_before_zero_grad": on_before_zero_grad}
 
 
+def without_places() -> dict[str, str]:
+    """The environment, without what a run before left there: a port that is taken."""
+    words = ("MASTER_", "RANK", "WORLD_SIZE", "TORCHELASTIC_", "PL_")
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not any(word in name for word in words)
+    }
+
+
 def run_on_two(tmp_path: Path, **parts: str) -> dict[str, Any]:
     """Run a script that Lightning starts twice; both ranks must find the same."""
     script = tmp_path / "train.py"
@@ -897,7 +907,7 @@ def run_on_two(tmp_path: Path, **parts: str) -> dict[str, Any]:
         stderr=subprocess.PIPE,
         text=True,
         cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=without_places() | {"OMP_NUM_THREADS": "1"},
         start_new_session=True,
     ) as process:
         try:
