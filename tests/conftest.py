@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -24,6 +25,21 @@ def switches() -> tuple[bool, ...]:
         torch.is_grad_enabled(),
         torch.are_deterministic_algorithms_enabled(),
     )
+
+
+PLACES = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE")
+"""Where a process stands among others: Lightning writes it into the environment."""
+
+
+@pytest.fixture(autouse=True)
+def places_stay() -> Iterator[None]:
+    """No test leaves a port to the processes that a later one starts: it is taken."""
+    before = {name: os.environ.get(name) for name in PLACES}
+    yield
+    for name, value in before.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
 
 
 @pytest.fixture(autouse=True)
